@@ -1,0 +1,151 @@
+"""The command line: ``aspo fit | validate | test``."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Before torch and tokenizers are imported: the reward processes are forked off a process with threads otherwise.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from aspo_lightning.callbacks import EvaluationReport, PhaseReport, peak_memory_gb
+from aspo_lightning.checkpoints import AtomicCheckpointIO, last_checkpoint
+from aspo_lightning.datamodule import RolloutDataModule
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.module import ASPOModule
+
+
+class Parser(LightningArgumentParser):
+    """Reports a bad setting in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(" ".join(message.split()))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved config into the run's folder: ``config.yaml``, and a new file for each time it goes on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, save_to_log_dir=False)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.log_dir is None:
+            return
+        folder = Path(trainer.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, number = folder / "config.yaml", 0
+        while path.exists():
+            number += 1
+            path = folder / f"config_resumed_{number}.yaml"
+        self.parser.save(self.config, path, skip_none=False, multifile=False)
+
+
+class ASPOCLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.model_name_or_path", "data.model_name_or_path")
+        parser.link_arguments("data.temperature", "model.temperature")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "trainer.reload_dataloaders_every_n_epochs": 1,
+                "trainer.use_distributed_sampler": False,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.log_every_n_steps": 1,
+                "trainer.gradient_clip_val": 1.0,
+                "trainer.max_epochs": 100,
+                "trainer.logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": "runs", "name": "aspo"},
+                },
+                "checkpoint.filename": "epoch_{epoch:05d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": "link",
+                "checkpoint.save_on_train_epoch_end": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        subcommands = LightningCLI.subcommands()
+        return {name: subcommands[name] for name in ("fit", "validate", "test")}
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        logger = config.trainer.logger
+        if not isinstance(logger, Namespace) or "save_dir" not in logger.init_args:
+            return
+        root = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
+        check_writable(Path(logger.init_args.save_dir))
+        if config.get("ckpt_path") == "last":
+            checkpoint = last_checkpoint(root)
+            config.ckpt_path = str(checkpoint)
+            if self.subcommand == "fit":
+                logger.init_args.version = checkpoint.parent.parent.name  # goes on in that run's folder
+                print(f"Resuming from {checkpoint}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
+
+    def after_fit(self) -> None:
+        self.datamodule.close()
+        if self.trainer.is_global_zero:
+            print(fit_summary(self.trainer))
+
+
+def fit_summary(trainer: Trainer) -> str:
+    """What came of a fit, where it is, and what to type next."""
+    report = next(c for c in trainer.callbacks if isinstance(c, EvaluationReport))
+    lines = [f"{name}: {report.before[name]:.3f} before, {after:.3f} after" for name, after in report.after.items()
+             if name in report.before]
+    checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+    command = f"aspo {' '.join(a for a in sys.argv[1:])}"
+    return "\n".join(
+        [
+            "",
+            *lines,
+            f"peak memory    {peak_memory_gb():.1f} GB",
+            f"TensorBoard    {trainer.log_dir}",
+            f"checkpoint     {checkpoint}",
+            f"to look        tensorboard --logdir {Path(trainer.log_dir or '.').parent}",
+            f"to resume      {command} --ckpt_path last",
+            f"to go on       {command} --ckpt_path last --trainer.max_epochs {2 * (trainer.max_epochs or 1)}",
+        ]
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ConfigError unless files can be made in ``folder``; makes it if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"The output folder {folder} can't be written to ({error.strerror}). Choose another by "
+            "--trainer.logger.init_args.save_dir."
+        ) from error
+
+
+def main() -> None:
+    """Entry point of the console script ``aspo``."""
+    try:
+        ASPOCLI(
+            ASPOModule,
+            RolloutDataModule,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"callbacks": [PhaseReport(), EvaluationReport()]},
+        )
+    except ConfigError as error:
+        sys.exit(f"aspo: error: {error}")

@@ -1,0 +1,262 @@
+"""RolloutDataModule: Lightning hooks that make each epoch's data by sampling from the current policy."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from aspo_lightning.advantages import AdvantageEstimator
+from aspo_lightning.batching import Averaging
+from aspo_lightning.engines import Generator, VLLMEngine
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.models import load_config, load_tokenizer, resolve_model
+from aspo_lightning.rewards import RewardPool
+from aspo_lightning.rollouts import (
+    MismatchCorrection,
+    Phase,
+    Sampling,
+    build_phase,
+    check_phase,
+    draw_prompts,
+    evaluation_metrics,
+    held_out,
+    sample_groups,
+)
+from aspo_lightning.tasks import Task
+from aspo_lightning.types import Evaluation, Prompt
+
+EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
+
+
+class RolloutDataModule(LightningDataModule):
+    """Samples a phase of rollouts for every epoch, on policy, and plans its micro-batches.
+
+    Args:
+        model_name_or_path: the policy (set by ``model.model_name_or_path`` on the command line).
+        train: where training prompts come from, by class name: ReasoningGym, JSONLines.
+        val: held-out tasks by the name they have in TensorBoard. Their prompts are taken out of ``train``.
+        engine: what samples, by class name: VLLMEngine, TransformersEngine.
+        prompts_per_phase: prompts of an epoch.
+        group_size: completions of each prompt, compared with each other.
+        optimizer_steps: updates of an epoch; the kept groups are shared among them.
+        max_prompt_length: tokens; longer prompts are dropped.
+        max_completion_length: tokens; a longer completion is cut off there.
+        temperature: of sampling; the trainer divides its logits by the same.
+        top_p: nucleus of sampling.
+        token_budget: the most tokens of a micro-batch; bounds the trainer's memory. None: one longest sequence.
+        advantage: group_std (GRPO), group_mean (Dr. GRPO), leave_one_out (RLOO), batch_std (REINFORCE++ baseline).
+        averaging: token_mean (the paper's), sequence_mean (GRPO), sequence_sum (Dr. GRPO).
+        mismatch_correction: off, truncate (TIS) or mask (IcePop) by the ratio of old to generator log-probs.
+        mismatch_bounds: that ratio's bounds.
+        eval_group_size: completions of each held-out prompt.
+        eval_temperature: of sampling in evaluations; 0 is greedy.
+        reward_workers: processes that score completions.
+        reward_timeout_s: wall-clock limit of one score.
+        seed: of prompts and sampling (set by ``seed_everything`` on the command line).
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        train: Task,
+        val: dict[str, Task] | None = None,
+        engine: Generator = VLLMEngine(),
+        prompts_per_phase: int = 64,
+        group_size: int = 16,
+        optimizer_steps: int = 4,
+        max_prompt_length: int = 2048,
+        max_completion_length: int = 8192,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        token_budget: int | None = None,
+        advantage: AdvantageEstimator = "group_std",
+        averaging: Averaging = "token_mean",
+        mismatch_correction: MismatchCorrection = "off",
+        mismatch_bounds: tuple[float, float] = (0.5, 2.0),
+        eval_group_size: int = 1,
+        eval_temperature: float = 0.8,
+        reward_workers: int = 2,
+        reward_timeout_s: float = 5.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model_name_or_path = resolve_model(model_name_or_path)
+        check_sampling("data.group_size", group_size, "data.temperature", temperature, top_p)
+        check_sampling("data.eval_group_size", eval_group_size, "data.eval_temperature", eval_temperature, top_p)
+        if group_size < 2:
+            raise ConfigError(
+                f"data.group_size is {group_size}; completions are judged against their group, so it must be at least 2."
+            )
+        for name, value in (
+            ("prompts_per_phase", prompts_per_phase),
+            ("optimizer_steps", optimizer_steps),
+            ("max_prompt_length", max_prompt_length),
+            ("max_completion_length", max_completion_length),
+        ):
+            if value < 1:
+                raise ConfigError(f"data.{name} is {value}; it must be at least 1.")
+        context_length = max_prompt_length + max_completion_length
+        token_budget = context_length if token_budget is None else token_budget
+        if token_budget < context_length:
+            raise ConfigError(
+                f"data.token_budget is {token_budget}, less than the longest sequence: max_prompt_length "
+                f"{max_prompt_length} + max_completion_length {max_completion_length} = {context_length}. Raise it."
+            )
+        if not 0 <= mismatch_bounds[0] <= 1 <= mismatch_bounds[1]:
+            raise ConfigError(f"data.mismatch_bounds are {mismatch_bounds}; they must enclose 1, like 0.5 and 2.")
+        self.train_task, self.val_tasks = train, val or {}
+        self.engine = engine
+        self.engine.check()
+        self.prompts_per_phase = prompts_per_phase
+        self.optimizer_steps = optimizer_steps
+        self.max_prompt_length = max_prompt_length
+        self.context_length = context_length
+        self.sampling = Sampling(group_size, max_completion_length, temperature, top_p, seed)
+        self.eval_sampling = Sampling(eval_group_size, max_completion_length, eval_temperature, top_p, seed)
+        self.phase_settings: dict[str, Any] = {
+            "optimizer_steps": optimizer_steps,
+            "token_budget": token_budget,
+            "max_completion_length": max_completion_length,
+            "advantage": advantage,
+            "averaging": averaging,
+            "mismatch_correction": mismatch_correction,
+            "mismatch_bounds": mismatch_bounds,
+        }
+        self.pool = RewardPool(reward_workers, reward_timeout_s)
+        self.phase: Phase | None = None
+        self.train_prompts: list[Prompt] = []
+        self.val_prompts: dict[str, list[Prompt]] = {}
+        self._started = False
+        self._synced_step: int | None = None
+
+    def setup(self, stage: str) -> None:
+        if self.train_prompts:
+            return
+        config = load_config(self.model_name_or_path)
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and self.context_length > context:
+            raise ConfigError(
+                f"data.max_prompt_length {self.max_prompt_length} + data.max_completion_length "
+                f"{self.sampling.max_tokens} = {self.context_length} tokens, more than the {context} that "
+                f"{self.model_name_or_path} was made for. Lower one of them."
+            )
+        # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
+        self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
+        self.tokenizer = load_tokenizer(self.model_name_or_path)
+        self.val_prompts = {name: self._prompts(task) for name, task in self.val_tasks.items()}
+        self.train_prompts = held_out(self._prompts(self.train_task), self.val_prompts.values())
+        check_phase(len(self.train_prompts), self.prompts_per_phase, self.optimizer_steps)
+
+    def train_dataloader(self) -> list[Any]:
+        """The micro-batches of the epoch that comes next; sampled once, however often this is called."""
+        trainer = self.trainer
+        assert trainer is not None
+        # Not current_epoch: on resume Lightning asks first while that still is the epoch already finished.
+        epoch = trainer.fit_loop.epoch_progress.current.processed
+        if self.phase is None or self.phase.epoch != epoch:
+            self.phase = self._run_phase(epoch)
+        trainer.accumulate_grad_batches = self.phase.accumulate
+        return self.phase.micro_batches
+
+    def val_dataloader(self) -> list["_EvaluationLoader"]:
+        return [_EvaluationLoader(self, name) for name in self.val_prompts]
+
+    def test_dataloader(self) -> list["_EvaluationLoader"]:
+        return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch.to(device)  # our own: Lightning's refuses frozen dataclasses
+
+    def teardown(self, stage: str) -> None:
+        self.pool.close()
+
+    def close(self) -> None:
+        """Frees the engine, which otherwise stays for another fit, validate or test."""
+        self.pool.close()
+        self.engine.stop()
+        self._started, self._synced_step = False, None
+
+    def evaluate(self, name: str) -> Evaluation:
+        """Samples and scores the held-out task ``name`` with the current policy."""
+        self._sync_engine()
+        groups, _ = self._sample(self.val_prompts[name], self.eval_sampling, EVALUATION_EPOCH, f"evaluate {name}")
+        return Evaluation(groups, evaluation_metrics(groups, f"eval/{name}"))
+
+    def _run_phase(self, epoch: int) -> Phase:
+        assert self.trainer is not None
+        sync_s = self._sync_engine()
+        prompts = draw_prompts(
+            self.train_prompts, count=self.prompts_per_phase, epoch=epoch, seed=self.sampling.seed
+        )
+        groups, times = self._sample(prompts, self.sampling, epoch, "generate")
+        phase = build_phase(
+            groups,
+            self.trainer.lightning_module.score,
+            epoch=epoch,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            **self.phase_settings,
+        )
+        phase.metrics.update(times, **{"time/sync_s": sync_s})
+        return phase
+
+    def _sample(self, prompts: Sequence[Prompt], sampling: Sampling, epoch: int, description: str):
+        assert self.trainer is not None
+        return sample_groups(
+            self.engine,
+            self.pool,
+            lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            prompts,
+            sampling,
+            epoch=epoch,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            description=description,
+        )
+
+    def _sync_engine(self) -> float:
+        """Gives the engine the policy's weights, unless it has them. Returns the seconds that took."""
+        trainer = self.trainer
+        assert trainer is not None
+        if not self._started:
+            self.engine.start(self.model_name_or_path, context_length=self.context_length)
+            self._started = True
+        start = time.perf_counter()
+        if self._synced_step != trainer.global_step:
+            self.engine.sync_weights(trainer.lightning_module.policy_weights())
+            self._synced_step = trainer.global_step
+        return time.perf_counter() - start
+
+    def _prompts(self, task: Task) -> list[Prompt]:
+        prompts = task.prompts(self.tokenizer)
+        return [p for p in prompts if len(p.prompt_ids) <= self.max_prompt_length]
+
+
+class _EvaluationLoader:
+    """One batch: a benchmark, sampled when it is asked for."""
+
+    def __init__(self, data: RolloutDataModule, name: str) -> None:
+        self._data, self._name = data, name
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        yield self._data.evaluate(self._name)
+
+
+def check_sampling(size_name: str, size: int, temperature_name: str, temperature: float, top_p: float) -> None:
+    """Raises ConfigError for settings no completion can be drawn with, or that draw siblings all alike."""
+    if size < 1:
+        raise ConfigError(f"{size_name} is {size}; it must be at least 1.")
+    if temperature < 0:
+        raise ConfigError(f"{temperature_name} is {temperature}; it is >= 0 (0 is greedy).")
+    if temperature == 0 and size > 1:
+        raise ConfigError(
+            f"{temperature_name} is 0 (greedy) with {size_name} {size}: all completions of a group would be the same. "
+            f"Set {temperature_name} above 0 (the paper samples at 1.0)."
+        )
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"data.top_p is {top_p}; allowed are numbers above 0, up to 1.")

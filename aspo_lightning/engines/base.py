@@ -1,0 +1,46 @@
+"""The protocol between a rollout phase and whatever samples for it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from aspo_lightning.types import Completion
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """One completion to sample."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    """Fixes the completion, given the weights."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+
+
+class Generator(ABC):
+    """Samples completions. Made cheaply from its settings; the model is loaded by ``start``."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises ConfigError if this engine can't run here."""
+
+    @abstractmethod
+    def start(self, model_name_or_path: str, *, context_length: int) -> None:
+        """Loads the model, for prompts and completions of together at most ``context_length`` tokens."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[SamplingRequest], *, description: str) -> list[Completion]:
+        """Samples one completion a request, in their order, behind a progress bar."""
+
+    @abstractmethod
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over the policy's weights (Hugging Face names, full tensors); nothing cached of the old ones stays."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Frees what ``start`` took. May be called at any time, more than once."""

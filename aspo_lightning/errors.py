@@ -1,0 +1,5 @@
+"""The errors that are for the person at the keyboard: shown as one line, without a traceback."""
+
+
+class ConfigError(ValueError):
+    """A setting, file or piece of data can't be used. The message says the value, what is allowed and what to do."""

@@ -1,0 +1,159 @@
+"""ASPOModule: Lightning hooks around policy, frozen reference and objective."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
+from aspo_lightning.models import resolve_model
+from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, ScoredCausalLM
+from aspo_lightning.types import Evaluation, MicroBatch
+
+TOKEN_METRICS = ("entropy", "kl") + tuple(
+    f"{name}_{sign}" for name in ("clip_fraction", "dual_clip_fraction", "ratio") for sign in ("positive", "negative")
+)
+
+
+class ASPOModule(LightningModule):
+    """Trains a causal LM on planned, scored micro-batches of rollouts.
+
+    Args:
+        model_name_or_path: policy and reference: a Hugging Face hub name or a local folder.
+        objective: turns ratios and advantages into token weights, by class name: ASPO, GRPO, DAPO, ...
+        temperature: divides the logits everywhere; must be the one the rollouts are sampled with.
+        kl_coef: weight of the KL term to the reference. 0 loads no reference.
+        kl_estimator: k1, k2 or k3.
+        entropy_coef: weight of an entropy bonus.
+        optimizer: AdamW with the paper's learning rate and the released script's weight decay.
+        lr_scheduler: stepped with every optimizer step. None keeps the learning rate.
+        dtype: of the weights that are trained; compute precision is ``trainer.precision``.
+        attn_implementation: as in transformers; ``flash_attention_2`` on GPUs.
+        gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
+        chunk_size: vocabulary entries whose logits the scorer holds at a time.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        objective: Objective = ASPO(),
+        temperature: float = 1.0,
+        kl_coef: float = 0.001,
+        kl_estimator: KLEstimator = "k3",
+        entropy_coef: float = 0.0,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.1),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ) -> None:
+        super().__init__()
+        if kl_coef < 0:
+            raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
+        if chunk_size < 1:
+            raise ConfigError(f"model.chunk_size is {chunk_size}; it must be at least 1.")
+        self.model_name_or_path = resolve_model(model_name_or_path)
+        self.objective = objective
+        # Logits of a greedy policy have no temperature to be divided by; sampling is checked by the data module.
+        self.temperature = temperature or 1.0
+        self.kl_coef = kl_coef
+        self.kl_estimator: KLEstimator = kl_estimator
+        self.entropy_coef = entropy_coef
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.load_settings: dict[str, Any] = {
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": attn_implementation,
+            "gradient_checkpointing": gradient_checkpointing,
+            "chunk_size": chunk_size,
+        }
+        self.policy: ScoredCausalLM | None = None
+        self.token_metrics = nn.ModuleDict({name: MeanMetric() for name in TOKEN_METRICS})
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        self.policy = ScoredCausalLM.from_pretrained(self.model_name_or_path, **self.load_settings)
+        reference = None
+        if self.kl_coef > 0:
+            reference = ScoredCausalLM.from_pretrained(self.model_name_or_path, **self.load_settings)
+            reference = reference.eval().requires_grad_(False)
+        # Not a registered submodule: so it is in no checkpoint and no optimizer, and train() leaves it alone.
+        self.__dict__["reference"] = reference
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(old_logprobs[N], ref_logprobs[N]) of a micro-batch, on the CPU. Called while a phase is built."""
+        assert self.policy is not None
+        batch = batch.to(self.device)
+        old, _ = self.policy(batch, temperature=self.temperature)
+        if self.reference is None:
+            return old.cpu(), torch.zeros_like(old, device="cpu")
+        ref, _ = self.reference.to(self.device)(batch, temperature=self.temperature)
+        return old.cpu(), ref.cpu()
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        assert self.policy is not None
+        logprobs, entropy = self.policy(batch, temperature=self.temperature, entropy_grad=self.entropy_coef != 0)
+        loss, metrics = policy_loss(
+            self.objective,
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.loss_weights,
+            sequence_index=batch.sequence_index,
+            token_entropy=entropy,
+        )
+        metrics["entropy"] = token_mean(entropy)
+        if self.kl_coef:
+            kl = kl_to_reference(logprobs, batch.ref_logprobs, self.kl_estimator)
+            metrics["kl"] = token_mean(kl)
+            loss = loss + self.kl_coef * (batch.loss_weights * kl).sum()
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * (batch.loss_weights * entropy).sum()
+        self._log_metrics(loss, metrics)
+        return loss
+
+    def _log_metrics(self, loss: Tensor, metrics: dict[str, TokenMean]) -> None:
+        self.log("policy/loss", loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        for name, (value, count) in metrics.items():
+            metric = self.token_metrics[name]
+            if count > 0:
+                metric.update(value, count)
+            self.log(f"policy/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if gradient_clip_algorithm == "value":
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        self.log("policy/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) of each weight, one at a time; tied weights once. For the engine."""
+        assert self.policy is not None
+        for name, parameter in self.policy.lm.named_parameters():
+            yield name, parameter.detach()
+
+    def validation_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log_dict(batch.metrics, on_epoch=True, batch_size=len(batch.groups), add_dataloader_idx=False)
+
+    def test_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)

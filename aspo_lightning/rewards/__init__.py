@@ -1,0 +1,8 @@
+"""Rewards: functions ``reward(completion: str, row: dict) -> float``, one file each, run in killable processes.
+
+1.0 is a full solution. Imports nothing heavy: every worker process imports it.
+"""
+
+from aspo_lightning.rewards.pool import RewardItem, RewardPool, Score
+
+__all__ = ["RewardItem", "RewardPool", "Score"]

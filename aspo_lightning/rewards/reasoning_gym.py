@@ -1,0 +1,26 @@
+"""reasoning-gym's own verifiers (100+ procedural tasks)."""
+
+from functools import cache
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.utils import extract_answer
+
+
+def reward(completion: str, row: dict[str, Any]) -> float:
+    """The score that the task's verifier gives the answer, 0 to 1.
+
+    The answer is what the last <answer> tag holds; without one, all of the completion behind its thinking part.
+
+    Args:
+        completion: the model's text.
+        row: a reasoning-gym entry; its ``metadata.source_dataset`` names the verifier.
+    """
+    text = completion.rpartition("</think>")[2]
+    answer = extract_answer(text)
+    return _verifier(row["metadata"]["source_dataset"])(text.strip() if answer is None else answer, row)
+
+
+@cache
+def _verifier(name: str):
+    return reasoning_gym.get_score_answer_fn(name)

@@ -1,0 +1,241 @@
+"""A causal LM that returns log-probs and entropies of response tokens, without ever holding all their logits.
+
+Axes: T tokens of a packed row, N response tokens, H hidden size, V vocabulary, B vocabulary entries of a chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.matmul import matmul
+from aspo_lightning.types import MicroBatch
+
+DEFAULT_CHUNK_SIZE = 4096
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of ``targets`` and entropies (nats) under softmax(logits / temperature), logits = hidden weight^T + bias.
+
+    The vocabulary is passed through in chunks, as an online softmax; backward computes each chunk's logits again. So
+    memory beyond the gradients is a few [N, chunk_size] buffers instead of several [N, V].
+
+    Args:
+        hidden: [N, H] last hidden states at the positions that predict the targets.
+        weight: [V, H] output embedding.
+        targets: [N] token ids.
+        temperature: divides the logits, as it did when the tokens were sampled.
+        chunk_size: vocabulary entries whose logits are held at a time.
+        bias: [V] of the output head.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma), before the temperature.
+        entropy_grad: whether the entropy carries gradient; costs time, needed only for an entropy bonus.
+
+    Returns:
+        (logprobs[N], entropy[N]), float32 (float64 for float64 input), whatever the dtype of ``hidden``.
+    """
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad):
+        dtype = _logit_dtype(hidden)
+        n = len(hidden)
+        target_logits = hidden.new_zeros(n, dtype=dtype)
+        top = hidden.new_full((n,), torch.finfo(dtype).min, dtype=dtype)  # running maximum m
+        total = hidden.new_zeros(n, dtype=dtype)  # sum of e^(l - m)
+        moment = hidden.new_zeros(n, dtype=dtype)  # sum of (l - m) e^(l - m)
+        for v in _chunks(len(weight), chunk_size):
+            logits, _ = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)  # [N, B]
+            row, column = _targets_in(targets, v)
+            target_logits[row] = logits[row, column]
+            new_top = torch.maximum(top, logits.amax(1))
+            shift = top - new_top
+            exp = logits.sub_(new_top[:, None]).exp()
+            moment = shift.exp() * (moment + shift * total) + torch.linalg.vecdot(exp, logits)
+            total = shift.exp() * total + exp.sum(1)
+            top = new_top
+        lse = top + total.log()
+        entropy = total.log() - moment / total
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.settings = (temperature, softcap, chunk_size, entropy_grad)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return target_logits - lse, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        temperature, softcap, chunk_size, entropy_grad = ctx.settings
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if need_bias else None
+        for v in _chunks(len(weight), chunk_size):
+            logits, slope = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)
+            # d logp[target] / d logit_v = [v = target] - p_v;   d entropy / d logit_v = -p_v (log p_v + entropy)
+            logits.sub_(lse[:, None])
+            if entropy_grad:
+                scale = grad_logprobs[:, None] + grad_entropy[:, None] * (logits + entropy[:, None])
+                grad = logits.exp_().mul_(scale).neg_()
+            else:
+                grad = logits.exp_().mul_(-grad_logprobs[:, None])
+            row, column = _targets_in(targets, v)
+            grad[row, column] += grad_logprobs[row]
+            if slope is not None:
+                grad.mul_(slope)
+            if temperature != 1:
+                grad.div_(temperature)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden += matmul(grad, weight[v])
+            if grad_weight is not None:
+                grad_weight[v] = matmul(grad.T, hidden)
+            if grad_bias is not None:
+                grad_bias[v] = grad.sum(0)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _logits(hidden, weight, bias, temperature, softcap) -> tuple[Tensor, Tensor | None]:
+    """Logits[N, B] of a chunk of the vocabulary, and the soft cap's slope[N, B] where there is a cap."""
+    logits = matmul(hidden, weight.T)
+    if bias is not None:
+        logits += bias
+    slope = None
+    if softcap is not None:
+        bounded = logits.div_(softcap).tanh_()
+        slope = 1 - bounded.square()
+        logits = bounded.mul_(softcap)
+    return (logits.div_(temperature) if temperature != 1 else logits), slope
+
+
+def _targets_in(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+    """(rows, columns within the chunk) of the targets that fall into a chunk of the vocabulary."""
+    row = torch.nonzero((targets >= chunk.start) & (targets < chunk.stop)).squeeze(1)
+    return row, targets[row] - chunk.start
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _logit_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+class ScoredCausalLM(nn.Module):
+    """A Hugging Face causal LM whose forward scores the response tokens of a packed micro-batch.
+
+    The unit that FSDP shards, and used for policy and reference alike. ``lm`` is the plain Hugging Face model.
+    """
+
+    def __init__(self, lm: PreTrainedModel, *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> None:
+        super().__init__()
+        self.lm = lm
+        self.chunk_size = chunk_size
+        self.softcap: float | None = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+        self.packs = True
+        self._check_forward()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ) -> "ScoredCausalLM":
+        """Loads a hub name or a local folder, with every dropout switched off.
+
+        Dropout would make the policy differ from itself between rollout, old log-probs and update.
+        """
+        config = AutoConfig.from_pretrained(model_name_or_path)
+        for key, value in config.to_dict().items():
+            if key.endswith(("dropout", "_pdrop")) and isinstance(value, float):
+                setattr(config, key, 0.0)
+        lm = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, config=config, dtype=dtype, attn_implementation=attn_implementation
+        )
+        if gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        return cls(lm, chunk_size=chunk_size)
+
+    def forward(
+        self, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(logprobs[N], entropy[N]) of the micro-batch's response tokens, in float32 (float64 for a float64 model)."""
+        if self.packs:
+            hidden = self._hidden(batch.input_ids[None], position_ids=batch.position_ids[None])[0]  # [T, H]
+        else:
+            hidden = self._hidden_padded(batch)
+        head = self.lm.get_output_embeddings()
+        return token_logprobs(
+            hidden[batch.response_index],
+            head.weight,
+            batch.targets,
+            temperature=temperature,
+            chunk_size=self.chunk_size,
+            bias=getattr(head, "bias", None),
+            softcap=self.softcap,
+            entropy_grad=entropy_grad,
+        )
+
+    def _hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        return self.lm.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+
+    def _hidden_padded(self, batch: MicroBatch) -> Tensor:
+        """The same [T, H] by one padded row a sequence, for models whose layers see across packed sequences."""
+        starts = torch.nonzero(batch.position_ids == 0).squeeze(1)
+        row = torch.searchsorted(starts, torch.arange(len(batch.input_ids), device=starts.device), right=True) - 1
+        column = batch.position_ids
+        shape = (len(starts), int(column.max()) + 1)
+        input_ids = column.new_zeros(shape).index_put((row, column), batch.input_ids)
+        mask = column.new_zeros(shape).index_put((row, column), torch.ones_like(column))
+        return self._hidden(input_ids, attention_mask=mask)[row, column]
+
+    @torch.no_grad()
+    def _check_forward(self) -> None:
+        """Scores two tiny sequences and compares with the model's own logits, one sequence at a time.
+
+        Finds what no config says: whether this architecture can be packed by position_ids (then ``packs``; otherwise
+        it is padded), and whether its logits are more than a linear head of its last hidden states.
+        """
+        if any(p.is_meta for p in self.lm.parameters()):
+            return
+        training = self.lm.training
+        self.lm.eval()
+        vocabulary = self.lm.get_input_embeddings().weight.shape[0]
+        device = next(self.lm.parameters()).device
+        sequences = [(torch.arange(2, 2 + n, device=device) * 37) % vocabulary for n in (7, 5)]
+        expected = torch.cat(
+            [
+                self.lm(input_ids=ids[None, :-1]).logits[0].float().log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+                for ids in sequences
+            ]
+        )
+        batch = MicroBatch.from_sequences([(ids[:1].tolist(), ids[1:].tolist()) for ids in sequences]).to(device)
+        tolerance = 1e-3 if next(self.lm.parameters()).dtype in (torch.float32, torch.float64) else 0.3
+        for self.packs in (True, False):
+            if torch.allclose(self.forward(batch)[0].float(), expected, rtol=0, atol=tolerance):
+                self.lm.train(training)
+                return
+        raise ConfigError(
+            f"{type(self.lm).__name__} computes its logits in a way this scorer doesn't know (a linear head, an "
+            "optional bias and final_logit_softcapping are supported). Choose a model of another architecture."
+        )

@@ -1,0 +1,147 @@
+"""The data that flows through a phase. All immutable."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, ready to be sampled from."""
+
+    id: str
+    """Unique within its task, and stable across runs: seeds and results are keyed by it."""
+    prompt_ids: tuple[int, ...]
+    text: str
+    """What ``prompt_ids`` decode to, chat template included."""
+    reward: str
+    """Import path of the function that scores a completion: ``reward(completion: str, row: dict) -> float``."""
+    row: dict[str, Any]
+    """The task's own row, handed to the reward."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine sampled."""
+
+    completion_ids: tuple[int, ...]
+    """With the end-of-sequence token, if one was sampled."""
+    generator_logprobs: tuple[float, ...]
+    """Of each token, under the distribution it was sampled from (temperature applied)."""
+    truncated: bool
+    """The engine ran into the length limit before an end-of-sequence token."""
+
+
+@dataclass(frozen=True)
+class Rollout(Completion):
+    """A completion with its text and score."""
+
+    text: str
+    reward: float
+    """Task reward, 1.0 for a full solution."""
+    failed: bool = False
+    """The reward function hung, crashed or raised; ``reward`` is then 0."""
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The completions of one prompt, compared with each other."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The groups sampled for one benchmark, and what they measure."""
+
+    groups: list[RolloutGroup]
+    metrics: dict[str, float]
+    """By TensorBoard tag."""
+
+    def to(self, device: torch.device | str) -> "Evaluation":
+        """Itself: there is nothing to compute on a device."""
+        return self
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed row of T tokens with N response tokens; every field behind the third is flat over these N."""
+
+    input_ids: Tensor
+    """[T]; sequences one behind the other, each without its last token (nothing is predicted from it)."""
+    position_ids: Tensor
+    """[T]; restarts at 0 with each sequence."""
+    response_index: Tensor
+    """[N]; where in the row the token before each response token is: its hidden state predicts it."""
+    targets: Tensor
+    """[N]; the response tokens."""
+    sequence_index: Tensor
+    """[N]; which response of this micro-batch a token is of, from 0."""
+    advantages: Tensor
+    """[N] float32."""
+    loss_weights: Tensor
+    """[N] float32; the averaging rule, see ``batching.loss_weights``."""
+    generator_logprobs: Tensor
+    """[N] float32; as the engine sampled them."""
+    old_logprobs: Tensor
+    """[N] float32; by the trainer before the first update of the phase."""
+    ref_logprobs: Tensor
+    """[N] float32; by the frozen reference (zeros where there is none)."""
+
+    @staticmethod
+    def from_sequences(
+        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        advantages: Sequence[float] | None = None,
+        loss_weights: Sequence[float] | None = None,
+        generator_logprobs: Sequence[Sequence[float]] | None = None,
+    ) -> "MicroBatch":
+        """Packs (prompt_ids, completion_ids) pairs; ``advantages`` and ``loss_weights`` are per sequence.
+
+        No sequences make a row of one token without response tokens, so that a rank with nothing to do can still take
+        part in a collective forward pass. Prompts must not be empty.
+        """
+        input_ids: list[int] = []
+        position_ids: list[int] = []
+        response_index: list[int] = []
+        targets: list[int] = []
+        lengths: list[int] = []
+        for prompt_ids, completion_ids in sequences:
+            if not prompt_ids:
+                raise ValueError("a prompt needs at least one token: the first response token is predicted from it")
+            ids = [*prompt_ids, *completion_ids][:-1] if completion_ids else list(prompt_ids)
+            first = len(input_ids) + len(prompt_ids) - 1
+            input_ids += ids
+            position_ids += range(len(ids))
+            response_index += range(first, first + len(completion_ids))
+            targets += completion_ids
+            lengths.append(len(completion_ids))
+        repeats = torch.tensor(lengths, dtype=torch.long)
+
+        def per_token(values: Sequence[float] | None) -> Tensor:
+            values = [0.0] * len(lengths) if values is None else values
+            return torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats)
+
+        zeros = torch.zeros(len(targets))
+        sampled = [x for row in generator_logprobs or [] for x in row]
+        return MicroBatch(
+            input_ids=torch.tensor(input_ids or [0]),
+            position_ids=torch.tensor(position_ids or [0]),
+            response_index=torch.tensor(response_index, dtype=torch.long),
+            targets=torch.tensor(targets, dtype=torch.long),
+            sequence_index=torch.arange(len(lengths)).repeat_interleave(repeats),
+            advantages=per_token(advantages),
+            loss_weights=per_token(loss_weights),
+            generator_logprobs=torch.tensor(sampled) if sampled else zeros,
+            old_logprobs=zeros,
+            ref_logprobs=zeros,
+        )
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """A copy on ``device``."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return replace(self, **moved)
