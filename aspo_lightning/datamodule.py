@@ -149,7 +149,7 @@ class RolloutDataModule(LightningDataModule):
         self.train_prompts = held_out(self._prompts(self.train_task), self.val_prompts.values())
         check_phase(len(self.train_prompts), self.prompts_per_phase, self.optimizer_steps)
 
-    def train_dataloader(self) -> list[Any]:
+    def train_dataloader(self) -> Phase:
         """The micro-batches of the epoch that comes next; sampled once, however often this is called."""
         trainer = self.trainer
         assert trainer is not None
@@ -158,7 +158,7 @@ class RolloutDataModule(LightningDataModule):
         if self.phase is None or self.phase.epoch != epoch:
             self.phase = self._run_phase(epoch)
         trainer.accumulate_grad_batches = self.phase.accumulate
-        return self.phase.micro_batches
+        return self.phase
 
     def val_dataloader(self) -> list["_EvaluationLoader"]:
         return [_EvaluationLoader(self, name) for name in self.val_prompts]

@@ -7,7 +7,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +44,7 @@ class Sampling(NamedTuple):
 
 @dataclass(frozen=True)
 class Phase:
-    """What an epoch trains on, for one rank."""
+    """What an epoch trains on, for one rank: iterating gives the micro-batches in training order."""
 
     epoch: int
     micro_batches: list[MicroBatch]
@@ -54,6 +54,12 @@ class Phase:
     """All that were sampled, on all ranks, kept or not."""
     metrics: dict[str, float] = field(default_factory=dict)
     """By TensorBoard tag; the same on every rank."""
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)
 
 
 def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int) -> int:

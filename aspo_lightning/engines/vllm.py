@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -96,7 +97,8 @@ class VLLMEngine(Generator):
                 )
                 for r in requests
             ],
-            use_tqdm=functools.partial(_progress_bar, description),
+            # Not a disabled bar: vLLM divides by its elapsed time.
+            use_tqdm=functools.partial(_progress_bar, description) if sys.stderr.isatty() else False,
         )
         completions = []
         for output in (o.outputs[0] for o in outputs):
@@ -124,4 +126,4 @@ class VLLMEngine(Generator):
 def _progress_bar(description: str, *args, **kwargs) -> tqdm:
     """vLLM shows one bar while requests are added and one while they run; only the second tells anything."""
     adding = kwargs.get("desc") != "Processed prompts"
-    return tqdm(*args, **{**kwargs, "desc": description, "leave": False, "disable": True if adding else None})
+    return tqdm(*args, **{**kwargs, "desc": description, "leave": False, "disable": adding})
