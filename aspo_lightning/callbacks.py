@@ -17,7 +17,7 @@ class PhaseReport(Callback):
         self._validation_start = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_dict(trainer.datamodule.phase.metrics, on_step=False, on_epoch=True, batch_size=1)  # type: ignore[attr-defined]
+        pl_module.log_dict(trainer.datamodule.phase.metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)  # type: ignore[attr-defined]
         self._start = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -28,7 +28,7 @@ class PhaseReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update_s = time.perf_counter() - self._start
-        pl_module.log("time/update_s", update_s, batch_size=1)
+        pl_module.log("time/update_s", update_s, batch_size=1, sync_dist=True)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         _print(epoch_line(trainer.current_epoch, {**metrics, "time/update_s": update_s}))
 
@@ -86,9 +86,8 @@ class EvaluationReport(Callback):
 
 
 def peak_memory_gb() -> float:
-    """The most memory that this process (trainer and engine) held, plus the largest of its children, in 10^9 bytes."""
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + child) * 1024 / 1e9
+    """The most memory that this process (trainer and engine) ever held, in 10^9 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 @rank_zero_only

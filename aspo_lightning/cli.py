@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from aspo_lightning.callbacks import EvaluationReport, PhaseReport, peak_memory_gb
@@ -145,7 +145,7 @@ def main() -> None:
             parser_class=Parser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            trainer_defaults={"callbacks": [PhaseReport(), EvaluationReport()]},
+            trainer_defaults={"callbacks": [TQDMProgressBar(), PhaseReport(), EvaluationReport()]},
         )
     except ConfigError as error:
         sys.exit(f"aspo: error: {error}")

@@ -135,7 +135,7 @@ class ASPOModule(LightningModule):
             metric = self.token_metrics[name]
             if count > 0:
                 metric.update(value, count)
-            self.log(f"policy/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+            self.log(f"policy/{name}", metric, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = [p for p in self.parameters() if p.grad is not None]
@@ -144,7 +144,7 @@ class ASPOModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
-        self.log("policy/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+        self.log("policy/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of each weight, one at a time; tied weights once. For the engine."""
@@ -153,7 +153,7 @@ class ASPOModule(LightningModule):
             yield name, parameter.detach()
 
     def validation_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log_dict(batch.metrics, on_epoch=True, batch_size=len(batch.groups), add_dataloader_idx=False)
+        self.log_dict(batch.metrics, on_epoch=True, batch_size=len(batch.groups), sync_dist=True, add_dataloader_idx=False)
 
     def test_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)

@@ -77,15 +77,11 @@ class TokenMask(Objective):
     entropy_quantile: float = field(default=0.8, kw_only=True)
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        for key in ("clip_eps_low", "clip_eps_high", "high_entropy_clip_eps"):
-            value = getattr(self, key)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name}.{key} is {value}; a clip range is >= 0 (the paper uses 0.2).")
-        if self.clip_eps_low > 1:
-            raise ConfigError(f"{name}.clip_eps_low is {self.clip_eps_low}; it is at most 1, since a ratio is > 0.")
+        _check_clip_range(self, "clip_eps_low", "clip_eps_high", "high_entropy_clip_eps")
         if not 0 <= self.entropy_quantile <= 1:
-            raise ConfigError(f"{name}.entropy_quantile is {self.entropy_quantile}; allowed are 0 to 1.")
+            raise ConfigError(
+                f"{type(self).__name__}.entropy_quantile is {self.entropy_quantile}; allowed are 0 to 1."
+            )
 
     @property
     def needs_entropy(self) -> bool:  # type: ignore[override]
@@ -194,7 +190,7 @@ class CISPO(Objective):
     clip_eps_high: float = 4.0
 
     def __post_init__(self) -> None:
-        TokenMask(self.clip_eps_low, self.clip_eps_high)  # the same limits hold
+        _check_clip_range(self, "clip_eps_low", "clip_eps_high")
 
     def token_weights(self, ratio, advantages, *, sequence_index, token_entropy=None) -> TokenWeights:
         weights = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)
@@ -329,6 +325,16 @@ def segment_quantile(values: Tensor, sequence_index: Tensor, quantile: float) ->
 
 def _reciprocal(ratio: Tensor) -> Tensor:
     return 1 / ratio.clamp(min=torch.finfo(ratio.dtype).tiny)
+
+
+def _check_clip_range(objective: TokenMask | CISPO, *keys: str) -> None:
+    name = type(objective).__name__
+    for key in keys:
+        value = getattr(objective, key)
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{name}.{key} is {value}; a clip range is >= 0 (the paper uses 0.2).")
+    if objective.clip_eps_low > 1:
+        raise ConfigError(f"{name}.clip_eps_low is {objective.clip_eps_low}; it is at most 1, since a ratio is > 0.")
 
 
 def _check_dual_clip(objective: ASPO | GRPO) -> None:

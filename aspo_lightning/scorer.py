@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.matmul import matmul
+from aspo_lightning.matmul import matmul, use_fast_linears
 from aspo_lightning.types import MicroBatch
 
 DEFAULT_CHUNK_SIZE = 4096
@@ -145,6 +145,7 @@ class ScoredCausalLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> None:
         super().__init__()
+        use_fast_linears(lm)
         self.lm = lm
         self.chunk_size = chunk_size
         self.softcap: float | None = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)

@@ -18,11 +18,14 @@ class Task(ABC):
     Args:
         reward: import path of ``reward(completion: str, row: dict) -> float``; 1.0 is a full solution.
         system_prompt: put before each problem. None leaves it to the chat template.
+        chat: put problems into the model's chat template, if its tokenizer has one; otherwise they are plain text
+            that the model continues.
     """
 
-    def __init__(self, reward: str, system_prompt: str | None = None) -> None:
+    def __init__(self, reward: str, system_prompt: str | None = None, chat: bool = True) -> None:
         self.reward = reward
         self.system_prompt = system_prompt
+        self.chat = chat
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -33,11 +36,11 @@ class Task(ABC):
         """
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-        """The problems in the model's chat format; as plain text if the tokenizer has no chat template."""
+        """The problems, ready to be sampled from."""
         prompts = []
         for id, question, row in self.rows():
-            if tokenizer.chat_template:
-                system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+            if self.chat and tokenizer.chat_template:
+                system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
                 text = tokenizer.apply_chat_template(
                     [*system, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
                 )
@@ -57,7 +60,7 @@ class ReasoningGym(Task):
         size: how many problems.
         seed: which problems.
         config: the task's own settings.
-        system_prompt: see Task.
+        system_prompt, chat: see Task.
     """
 
     def __init__(
@@ -67,8 +70,9 @@ class ReasoningGym(Task):
         seed: int = 0,
         config: dict[str, Any] | None = None,
         system_prompt: str | None = None,
+        chat: bool = True,
     ) -> None:
-        super().__init__("aspo_lightning.rewards.reasoning_gym.reward", system_prompt)
+        super().__init__("aspo_lightning.rewards.reasoning_gym.reward", system_prompt, chat)
         self.task, self.size, self.seed, self.config = task, size, seed, config or {}
         if size < 1:
             raise ConfigError(f"ReasoningGym.size is {size}: an empty task. Set it to at least 1.")
@@ -92,8 +96,7 @@ class JSONLines(Task):
         path: the file.
         question: key of the problem's text.
         answer: key of the reference answer; handed to the reward as ``row["answer"]``.
-        reward: see Task.
-        system_prompt: see Task.
+        reward, system_prompt, chat: see Task.
     """
 
     def __init__(
@@ -103,8 +106,9 @@ class JSONLines(Task):
         answer: str = "answer",
         reward: str = "aspo_lightning.rewards.math.reward",
         system_prompt: str | None = None,
+        chat: bool = True,
     ) -> None:
-        super().__init__(reward, system_prompt)
+        super().__init__(reward, system_prompt, chat)
         self.path, self.question, self.answer = Path(path).expanduser(), question, answer
 
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -66,6 +66,7 @@ class VLLMEngine(Generator):
             # offset"), so prompts are never cut there.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(context_length, 4096),
+            "block_size": 32,  # the default of 128 would take a whole block for each short completion
             "enforce_eager": True,
         }
         self._llm = LLM(

@@ -1,0 +1,64 @@
+"""Shared by the tests: a tiny random model on disk, with a tokenizer that knows digits and a chat template."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+    characters = [chr(c) for c in range(32, 127)]
+    vocabulary = {token: i for i, token in enumerate(special + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def save_model(folder: Path, **overrides) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A Llama with random weights: 128 tokens, two layers, tied head."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    save_model(folder)
+    save_tokenizer(folder)
+    return str(folder)

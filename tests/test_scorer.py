@@ -1,0 +1,181 @@
+"""Log-probs, entropies and their gradients against plain softmax in float64; packing against one sequence at a time."""
+
+import pytest
+import torch
+
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.matmul import matmul, use_fast_linears
+from aspo_lightning.scorer import ScoredCausalLM, token_logprobs
+from aspo_lightning.types import MicroBatch
+from tests.conftest import save_model
+
+
+def plain(hidden, weight, targets, temperature=1.0, bias=None, softcap=None):
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp = torch.log_softmax(logits / temperature, -1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+
+def head(n=13, v=37, h=8, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((n, h), (v, h), (v,)))
+    targets = torch.randint(0, v, (n,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 36, 37, 1000])
+@pytest.mark.parametrize(("temperature", "softcap", "with_bias"), [(1.0, None, False), (0.6, None, True), (1.3, 2.0, True)])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_values_and_gradients_equal_plain_softmax(chunk_size, temperature, softcap, with_bias, entropy_grad):
+    hidden, weight, bias, targets = head()
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    settings = {"temperature": temperature, "softcap": softcap, "bias": bias if with_bias else None}
+    expected = plain(hidden, weight, targets, **settings)
+    ours = token_logprobs(
+        hidden, weight, targets, **settings, chunk_size=chunk_size, entropy_grad=entropy_grad
+    )
+    scale = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert ours[1].requires_grad == entropy_grad
+    total, expected_total = (ours[0] * scale).sum(), (expected[0] * scale).sum()
+    if entropy_grad:
+        total, expected_total = total + (ours[1] * scale**2).sum(), expected_total + (expected[1] * scale**2).sum()
+    for mine, theirs in zip(
+        torch.autograd.grad(total, leaves), torch.autograd.grad(expected_total, leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_large_logits_stay_exact():
+    hidden, weight, _, targets = head()
+    ours = token_logprobs(hidden * 300, weight, targets, chunk_size=5)
+    expected = plain(hidden * 300, weight, targets)
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(ours[1], expected[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computes_in_float32(dtype):
+    hidden, weight, _, targets = head(v=3000, h=64, dtype=dtype)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, chunk_size=512)
+    expected = plain(hidden.double(), weight.double(), targets)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected[0].float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(entropy, expected[1].float(), rtol=1e-4, atol=1e-4)
+    logprobs.sum().backward()
+    assert hidden.grad.dtype == dtype
+    assert weight.grad.dtype == dtype
+
+
+def test_no_tokens_give_zero_gradients():
+    hidden, weight, _, targets = head(n=0)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, chunk_size=10)
+    assert len(logprobs) == len(entropy) == 0
+    logprobs.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (0, 4, 3), (4, 0, 3), (64, 96, 33)])
+def test_matmul_is_the_matrix_product(shape):
+    m, k, n = shape
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    expected = a.double() @ b.double()
+    for left in (a, a.T.contiguous().T):
+        for right in (b, b.T.contiguous().T):
+            torch.testing.assert_close(matmul(left, right).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fast_linear_has_the_gradients_of_linear(bias):
+    torch.manual_seed(0)
+    fast, exact = torch.nn.Linear(12, 7, bias=bias), torch.nn.Linear(12, 7, bias=bias).double()
+    exact.load_state_dict(fast.state_dict())
+    use_fast_linears(fast)
+    x = torch.randn(2, 5, 12)
+    scale = torch.randn(2, 5, 7)
+    mine, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    out, expected = fast(mine), exact(theirs)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    (out * scale).sum().backward()
+    (expected * scale).sum().backward()
+    torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
+    for p, q in zip(fast.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-5, atol=1e-6)
+
+
+SEQUENCES = [([5, 9, 20], [7, 8, 1]), ([30, 31], [40]), ([50, 51, 52, 53, 54], [60, 61, 62, 63, 1]), ([9], [])]
+
+
+def logits_by_hand(model, prompt, completion, temperature):
+    logits = model.lm(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].double() / temperature
+    logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return [logp[i, token].item() for i, token in enumerate(completion)]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_and_padded_rows_equal_one_sequence_at_a_time(tmp_path, packs, tied):
+    save_model(tmp_path, tie_word_embeddings=tied)
+    model = ScoredCausalLM.from_pretrained(str(tmp_path), chunk_size=50)
+    assert model.packs
+    model.packs = packs
+    logprobs, entropy = model(MicroBatch.from_sequences(SEQUENCES), temperature=0.7)
+    expected = [x for prompt, completion in SEQUENCES for x in logits_by_hand(model, prompt, completion, 0.7)]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-4)
+    assert entropy.shape == logprobs.shape
+
+
+def test_the_end_token_is_scored_and_nothing_behind_it():
+    batch = MicroBatch.from_sequences([([5, 6], [7, 1]), ([8], [9])])
+    assert batch.targets.tolist() == [7, 1, 9]
+    assert batch.input_ids.tolist() == [5, 6, 7, 8]  # the last token of a sequence predicts nothing
+    assert batch.response_index.tolist() == [1, 2, 3]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0]
+    assert batch.sequence_index.tolist() == [0, 0, 1]
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        MicroBatch.from_sequences([([], [3])])
+
+
+def test_dropout_is_switched_off(tmp_path):
+    save_model(tmp_path, attention_dropout=0.5)
+    model = ScoredCausalLM.from_pretrained(str(tmp_path)).train()
+    batch = MicroBatch.from_sequences(SEQUENCES)
+    assert torch.equal(model(batch)[0], model(batch)[0])
+
+
+def test_a_model_that_mixes_packed_sequences_is_padded(tiny_model, monkeypatch):
+    plain_forward = ScoredCausalLM._hidden
+
+    def one_long_sequence(self, input_ids, position_ids=None, **kwargs):
+        if position_ids is not None:  # as if the model didn't know that a position of 0 starts a sequence
+            kwargs["position_ids"] = torch.arange(input_ids.shape[1])[None]
+        return plain_forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(ScoredCausalLM, "_hidden", one_long_sequence)
+    model = ScoredCausalLM.from_pretrained(tiny_model)
+    assert not model.packs
+    expected = [x for prompt, completion in SEQUENCES for x in logits_by_hand(model, prompt, completion, 1.0)]
+    assert model(MicroBatch.from_sequences(SEQUENCES))[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_head_it_does_not_know_is_refused(tiny_model, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM computes its logits"):
+        ScoredCausalLM.from_pretrained(tiny_model)
