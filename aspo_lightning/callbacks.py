@@ -52,7 +52,9 @@ def epoch_line(epoch: int, metrics: dict[str, float]) -> str:
         *([f"clipped {' '.join(clipped)}"] if clipped else []),
     ]
     seconds = [
-        text for part in ("generate", "reward", "score", "update", "sync") for text in show(part, f"time/{part}_s", ".1f")
+        text
+        for part in ("generate", "reward", "score", "update", "sync")
+        for text in show(part, f"time/{part}_s", ".1f")
     ]
     return f"epoch {epoch:4d} | " + " | ".join([*parts, "seconds: " + " ".join(seconds)])
 

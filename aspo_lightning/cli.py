@@ -1,6 +1,9 @@
 """The command line: ``aspo fit | validate | test``."""
 
+import inspect
 import os
+import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -10,29 +13,56 @@ from typing import Any, NoReturn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from aspo_lightning.callbacks import EvaluationReport, PhaseReport, peak_memory_gb
 from aspo_lightning.checkpoints import AtomicCheckpointIO, last_checkpoint
 from aspo_lightning.datamodule import RolloutDataModule
+from aspo_lightning.engines import Generator
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.module import ASPOModule
+from aspo_lightning.objectives import Objective
+from aspo_lightning.tasks import Task
 
 
 class Parser(LightningArgumentParser):
     """Reports a bad setting in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(" ".join(message.split()))
+        message = " ".join(message.split())
+        if match := re.search(
+            r'"(?:\w+\.)*(model\.objective|data\.(?:engine|train|val))".*import path string: (\S+)', message
+        ):
+            key, name = match.groups()
+            known = ", ".join(sorted(subclass_names(SWAPPABLE[key])))
+            message = (
+                f"{key} is {name!r}, which is no class of its kind. Known are {known}; any other by its import path."
+            )
+        raise ConfigError(message)
+
+
+SWAPPABLE: dict[str, type] = {
+    "model.objective": Objective,
+    "data.engine": Generator,
+    "data.train": Task,
+    "data.val": Task,
+}
+
+
+def subclass_names(base: type) -> set[str]:
+    """Names of all concrete classes below ``base``."""
+    children: list[type] = base.__subclasses__()
+    below = {name for child in children for name in subclass_names(child)}
+    return below | {child.__name__ for child in children if not inspect.isabstract(child)}
 
 
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved config into the run's folder: ``config.yaml``, and a new file for each time it goes on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, save_to_log_dir=False)
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.log_dir is None:
@@ -102,19 +132,18 @@ class ASPOCLI(LightningCLI):
 
 def fit_summary(trainer: Trainer) -> str:
     """What came of a fit, where it is, and what to type next."""
-    report = next(c for c in trainer.callbacks if isinstance(c, EvaluationReport))
-    lines = [f"{name}: {report.before[name]:.3f} before, {after:.3f} after" for name, after in report.after.items()
-             if name in report.before]
-    checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
-    command = f"aspo {' '.join(a for a in sys.argv[1:])}"
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    report = next(c for c in callbacks if isinstance(c, EvaluationReport))
+    checkpoint = next(c for c in callbacks if isinstance(c, ModelCheckpoint))
+    command = f"aspo {shlex.join(sys.argv[1:])}"
     return "\n".join(
         [
             "",
-            *lines,
+            *(f"{name}: {report.before[name]:.3f} before, {report.after[name]:.3f} after" for name in report.before),
             f"peak memory    {peak_memory_gb():.1f} GB",
             f"TensorBoard    {trainer.log_dir}",
-            f"checkpoint     {checkpoint}",
-            f"to look        tensorboard --logdir {Path(trainer.log_dir or '.').parent}",
+            f"checkpoint     {checkpoint.best_model_path}",
+            f"to look        tensorboard --logdir {trainer.log_dir}",
             f"to resume      {command} --ckpt_path last",
             f"to go on       {command} --ckpt_path last --trainer.max_epochs {2 * (trainer.max_epochs or 1)}",
         ]

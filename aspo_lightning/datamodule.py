@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,6 +17,7 @@ from aspo_lightning.rollouts import (
     MismatchCorrection,
     Phase,
     Sampling,
+    Scorer,
     build_phase,
     check_phase,
     draw_prompts,
@@ -154,7 +155,7 @@ class RolloutDataModule(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         # Not current_epoch: on resume Lightning asks first while that still is the epoch already finished.
-        epoch = trainer.fit_loop.epoch_progress.current.processed
+        epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         if self.phase is None or self.phase.epoch != epoch:
             self.phase = self._run_phase(epoch)
         trainer.accumulate_grad_batches = self.phase.accumulate
@@ -187,13 +188,11 @@ class RolloutDataModule(LightningDataModule):
     def _run_phase(self, epoch: int) -> Phase:
         assert self.trainer is not None
         sync_s = self._sync_engine()
-        prompts = draw_prompts(
-            self.train_prompts, count=self.prompts_per_phase, epoch=epoch, seed=self.sampling.seed
-        )
+        prompts = draw_prompts(self.train_prompts, count=self.prompts_per_phase, epoch=epoch, seed=self.sampling.seed)
         groups, times = self._sample(prompts, self.sampling, epoch, "generate")
         phase = build_phase(
             groups,
-            self.trainer.lightning_module.score,
+            cast(Scorer, self.trainer.lightning_module.score),
             epoch=epoch,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
@@ -207,7 +206,7 @@ class RolloutDataModule(LightningDataModule):
         return sample_groups(
             self.engine,
             self.pool,
-            lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            lambda ids: cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True)),
             prompts,
             sampling,
             epoch=epoch,
@@ -225,7 +224,7 @@ class RolloutDataModule(LightningDataModule):
             self._started = True
         start = time.perf_counter()
         if self._synced_step != trainer.global_step:
-            self.engine.sync_weights(trainer.lightning_module.policy_weights())
+            self.engine.sync_weights(cast(Any, trainer.lightning_module).policy_weights())
             self._synced_step = trainer.global_step
         return time.perf_counter() - start
 

@@ -43,7 +43,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
-    if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    if (
+        x.dtype == self.weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    ):
         return _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
     return nn.functional.linear(x, self.weight, self.bias)
 

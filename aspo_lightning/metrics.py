@@ -4,9 +4,9 @@ import math
 
 
 def repetition_rate(text: str, n: int = 20) -> float:
-    """The share of a response's word n-grams (lower-case, split on spaces) already seen in it; 0 for fewer than n words.
+    """The share of a response's word n-grams (lower-case, split on spaces) already seen in it.
 
-    As measured in the ASPO authors' code.
+    0 for fewer than n words. As measured in the ASPO authors' code.
     """
     words = text.lower().split(" ")
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.models import resolve_model
+from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, ScoredCausalLM
 from aspo_lightning.types import Evaluation, MicroBatch
 
-TOKEN_METRICS = ("entropy", "kl") + tuple(
-    f"{name}_{sign}" for name in ("clip_fraction", "dual_clip_fraction", "ratio") for sign in ("positive", "negative")
-)
+TOKEN_METRICS = [
+    "entropy",
+    "kl",
+    *(f"{name}_{sign}" for name in ("clip_fraction", "dual_clip_fraction", "ratio") for sign in ("positive", "negative")),
+]
 
 
 class ASPOModule(LightningModule):
@@ -74,6 +76,7 @@ class ASPOModule(LightningModule):
             "chunk_size": chunk_size,
         }
         self.policy: ScoredCausalLM | None = None
+        self.reference: ScoredCausalLM | None = None
         self.token_metrics = nn.ModuleDict({name: MeanMetric() for name in TOKEN_METRICS})
 
     def configure_model(self) -> None:
@@ -85,7 +88,7 @@ class ASPOModule(LightningModule):
             reference = ScoredCausalLM.from_pretrained(self.model_name_or_path, **self.load_settings)
             reference = reference.eval().requires_grad_(False)
         # Not a registered submodule: so it is in no checkpoint and no optimizer, and train() leaves it alone.
-        self.__dict__["reference"] = reference
+        object.__setattr__(self, "reference", reference)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
@@ -131,16 +134,18 @@ class ASPOModule(LightningModule):
 
     def _log_metrics(self, loss: Tensor, metrics: dict[str, TokenMean]) -> None:
         self.log("policy/loss", loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        for name, (value, count) in metrics.items():
+        for name, (value, tokens) in metrics.items():
             metric = self.token_metrics[name]
-            if count > 0:
-                metric.update(value, count)
+            assert isinstance(metric, MeanMetric)
+            if tokens > 0:
+                metric.update(value, tokens)
             self.log(f"policy/{name}", metric, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = [p for p in self.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if gradient_clip_algorithm == "value":
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = nn.utils.get_total_norm(gradients)
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
@@ -153,7 +158,9 @@ class ASPOModule(LightningModule):
             yield name, parameter.detach()
 
     def validation_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log_dict(batch.metrics, on_epoch=True, batch_size=len(batch.groups), sync_dist=True, add_dataloader_idx=False)
+        self.log_dict(
+            batch.metrics, on_epoch=True, batch_size=len(batch.groups), sync_dist=True, add_dataloader_idx=False
+        )
 
     def test_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)

@@ -79,9 +79,7 @@ class TokenMask(Objective):
     def __post_init__(self) -> None:
         _check_clip_range(self, "clip_eps_low", "clip_eps_high", "high_entropy_clip_eps")
         if not 0 <= self.entropy_quantile <= 1:
-            raise ConfigError(
-                f"{type(self).__name__}.entropy_quantile is {self.entropy_quantile}; allowed are 0 to 1."
-            )
+            raise ConfigError(f"{type(self).__name__}.entropy_quantile is {self.entropy_quantile}; allowed are 0 to 1.")
 
     @property
     def needs_entropy(self) -> bool:  # type: ignore[override]
@@ -152,7 +150,7 @@ class GRPO(TokenMask):
 
 @dataclass(frozen=True)
 class DAPO(GRPO):
-    """GRPO with clip-higher (arXiv 2503.14476). Its other parts are settings of the data: token mean, refilled groups."""
+    """GRPO with clip-higher (arXiv 2503.14476); its token mean and overlong shaping are settings of the data."""
 
     clip_eps_high: float = 0.28
 
@@ -229,8 +227,8 @@ class TokenMean(NamedTuple):
     """A mean over tokens that can be merged exactly with that of other micro-batches."""
 
     value: Tensor
-    """Scalar; NaN where ``count`` is 0."""
-    count: Tensor
+    """Scalar; NaN where ``tokens`` is 0."""
+    tokens: Tensor
     """Scalar; how many tokens it is over."""
 
 
@@ -262,9 +260,7 @@ def policy_loss(
     with torch.no_grad():
         ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         entropy = None if token_entropy is None else token_entropy.detach()
-        token_weights = objective.token_weights(
-            ratio, advantages, sequence_index=sequence_index, token_entropy=entropy
-        )
+        token_weights = objective.token_weights(ratio, advantages, sequence_index=sequence_index, token_entropy=entropy)
         metrics = {}
         for sign, where in (("positive", advantages > 0), ("negative", advantages < 0)):
             metrics[f"clip_fraction_{sign}"] = token_mean(token_weights.clipped, where)

@@ -27,7 +27,9 @@ def token_logprobs(
     softcap: float | None = None,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of ``targets`` and entropies (nats) under softmax(logits / temperature), logits = hidden weight^T + bias.
+    """Log-probs of ``targets`` and entropies in nats, under softmax(logits / temperature).
+
+    With logits = hidden weight^T + bias.
 
     The vocabulary is passed through in chunks, as an online softmax; backward computes each chunk's logits again. So
     memory beyond the gradients is a few [N, chunk_size] buffers instead of several [N, V].
@@ -175,7 +177,7 @@ class ScoredCausalLM(nn.Module):
         )
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(lm, chunk_size=chunk_size)
+        return cls(lm.train(), chunk_size=chunk_size)
 
     def forward(
         self, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
@@ -221,7 +223,7 @@ class ScoredCausalLM(nn.Module):
             return
         training = self.lm.training
         self.lm.eval()
-        vocabulary = self.lm.get_input_embeddings().weight.shape[0]
+        vocabulary = self.lm.config.get_text_config().vocab_size
         device = next(self.lm.parameters()).device
         sequences = [(torch.arange(2, 2 + n, device=device) * 37) % vocabulary for n in (7, 5)]
         expected = torch.cat(

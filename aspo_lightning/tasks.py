@@ -41,7 +41,7 @@ class Task(ABC):
         for id, question, row in self.rows():
             if self.chat and tokenizer.chat_template:
                 system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
-                text = tokenizer.apply_chat_template(
+                text: Any = tokenizer.apply_chat_template(
                     [*system, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
                 )
                 ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
@@ -83,7 +83,9 @@ class ReasoningGym(Task):
         try:
             dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **self.config)
         except (ValueError, TypeError, AssertionError) as error:
-            raise ConfigError(f"reasoning-gym can't make the task {self.task!r} with {self.config}: {error}.") from error
+            raise ConfigError(
+                f"reasoning-gym can't make the task {self.task!r} with {self.config}: {error}."
+            ) from error
         for index in range(self.size):
             row = dataset[index]
             yield f"{self.task}/{self.seed}/{index}", row["question"], row

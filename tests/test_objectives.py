@@ -183,7 +183,7 @@ def test_without_tokens_there_is_nothing(objective):
     )
     loss.backward()
     assert loss.item() == 0
-    assert metrics["ratio_positive"].count == 0
+    assert metrics["ratio_positive"].tokens == 0
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0, 0.0])
@@ -224,7 +224,9 @@ def test_permuting_tokens_permutes_the_result(data):
             torch.testing.assert_close(before[list(order)], after, rtol=1e-9, atol=0)
 
 
-finite = st.floats(allow_nan=False, allow_infinity=False, width=32, min_value=-(2.0**99), max_value=2.0**99, allow_subnormal=False)
+finite = st.floats(
+    allow_nan=False, allow_infinity=False, width=32, min_value=-(2.0**99), max_value=2.0**99, allow_subnormal=False
+)
 
 
 @settings(max_examples=300)
@@ -241,10 +243,13 @@ def test_no_finite_input_gives_nan_or_infinity(tokens):
         loss.backward()
         assert loss.isfinite()
         assert leaf.grad.isfinite().all()
-        assert all(m.value.isfinite() for m in metrics.values() if m.count > 0)
+        assert all(m.value.isfinite() for m in metrics.values() if m.tokens > 0)
 
 
-@given(st.lists(st.floats(2.0**-126, 2.0**99, width=32), min_size=1, max_size=8), st.floats(-5, 5, width=32, allow_subnormal=False))
+@given(
+    st.lists(st.floats(2.0**-126, 2.0**99, width=32), min_size=1, max_size=8),
+    st.floats(-5, 5, width=32, allow_subnormal=False),
+)
 def test_no_finite_ratio_gives_nan_or_infinity(ratios, advantage):
     ratio = torch.tensor(ratios)
     for objective in [*ALL, ASPO(dual_clip=None)]:
@@ -262,7 +267,7 @@ def test_metrics_are_means_over_tokens_of_each_sign():
     _, metrics = policy_loss(
         ASPO(), ratio.log(), zeros, advantages, torch.ones(7), sequence_index=torch.zeros(7, dtype=torch.long)
     )
-    values = {name: (m.value.item(), m.count.item()) for name, m in metrics.items()}
+    values = {name: (m.value.item(), m.tokens.item()) for name, m in metrics.items()}
     assert values == {
         "clip_fraction_positive": (pytest.approx(1 / 3), 3),
         "dual_clip_fraction_positive": (pytest.approx(1 / 3), 3),

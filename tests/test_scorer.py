@@ -28,16 +28,16 @@ def head(n=13, v=37, h=8, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 36, 37, 1000])
-@pytest.mark.parametrize(("temperature", "softcap", "with_bias"), [(1.0, None, False), (0.6, None, True), (1.3, 2.0, True)])
+@pytest.mark.parametrize(
+    ("temperature", "softcap", "with_bias"), [(1.0, None, False), (0.6, None, True), (1.3, 2.0, True)]
+)
 @pytest.mark.parametrize("entropy_grad", [False, True])
 def test_values_and_gradients_equal_plain_softmax(chunk_size, temperature, softcap, with_bias, entropy_grad):
     hidden, weight, bias, targets = head()
     leaves = [hidden, weight, *([bias] if with_bias else [])]
     settings = {"temperature": temperature, "softcap": softcap, "bias": bias if with_bias else None}
     expected = plain(hidden, weight, targets, **settings)
-    ours = token_logprobs(
-        hidden, weight, targets, **settings, chunk_size=chunk_size, entropy_grad=entropy_grad
-    )
+    ours = token_logprobs(hidden, weight, targets, **settings, chunk_size=chunk_size, entropy_grad=entropy_grad)
     scale = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

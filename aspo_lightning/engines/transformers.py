@@ -32,7 +32,8 @@ class TransformersEngine(Generator):
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=self.dtype).to(device).eval()
+        lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=self.dtype)
+        self._lm = lm.to(torch.device(device)).eval()
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest], *, description: str) -> list[Completion]:
@@ -49,7 +50,9 @@ class TransformersEngine(Generator):
         end_ids = set(end if isinstance(end, list) else [end]) - {None}
         width = max(len(r.prompt_ids) for r in requests)
         prompts = [[0] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]).to(lm.device)
+        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]).to(
+            lm.device
+        )
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         input_ids = torch.tensor(prompts, device=lm.device)
         steps = max(r.max_tokens for r in requests)
@@ -63,7 +66,11 @@ class TransformersEngine(Generator):
         cache = None
         for step in range(steps):
             output = lm(
-                input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
             )
             cache = output.past_key_values
             tokens, token_logprobs = _sample(output.logits[:, -1].float(), uniforms[:, step], requests)

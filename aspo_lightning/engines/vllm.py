@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class VLLMEngine(Generator):
         completions = []
         for output in (o.outputs[0] for o in outputs):
             ids = tuple(output.token_ids)
-            logprobs = tuple(at[i].logprob for i, at in zip(ids, output.logprobs or [], strict=True))
+            logprobs = tuple(at[i].logprob for i, at in zip(ids, cast(Any, output.logprobs), strict=True))
             completions.append(Completion(ids, logprobs, truncated=output.finish_reason == "length"))
         return completions
 

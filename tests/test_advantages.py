@@ -1,0 +1,56 @@
+"""Advantages by hand, and the law that groups without spread carry none."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aspo_lightning.advantages import group_advantages, has_spread
+
+REWARDS = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.5]]
+
+
+def by_hand(estimator):
+    rows, centred = [], []
+    for group in REWARDS:
+        mean = sum(group) / 4
+        centred += [r - mean for r in group]
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 3)
+        rows.append(
+            {
+                "group_std": [(r - mean) / (std + 1e-6) for r in group],
+                "group_mean": [r - mean for r in group],
+                "leave_one_out": [r - (sum(group) - r) / 3 for r in group],
+                "batch_std": [r - mean for r in group],
+            }[estimator]
+        )
+    if estimator == "batch_std":
+        average = sum(centred) / 8
+        std = math.sqrt(sum((c - average) ** 2 for c in centred) / 7)
+        rows = [[a / (std + 1e-6) for a in row] for row in rows]
+    return rows
+
+
+@pytest.mark.parametrize("estimator", ["group_std", "group_mean", "leave_one_out", "batch_std"])
+def test_by_hand(estimator):
+    result = group_advantages(torch.tensor(REWARDS), estimator)
+    torch.testing.assert_close(result, torch.tensor(by_hand(estimator), dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_spread_is_max_minus_min_and_not_a_deviation_above_zero():
+    rewards = torch.full((1, 3), 0.1, dtype=torch.float64)
+    assert rewards.std() > 0  # by rounding: the reason for not asking it
+    assert not has_spread(rewards).any()
+    assert torch.equal(group_advantages(rewards), torch.zeros(1, 3, dtype=torch.float64))
+    assert has_spread(torch.tensor([[0.0, 1e-3]])).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8), st.sampled_from(["group_std", "group_mean", "leave_one_out"]))
+def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(rewards, estimator):
+    advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64), estimator)[0]
+    assert advantages.sum().item() == pytest.approx(0, abs=1e-6)
+    order = sorted(range(len(rewards)), key=lambda i: rewards[i])
+    assert all(advantages[a] <= advantages[b] + 1e-12 for a, b in itertools.pairwise(order))

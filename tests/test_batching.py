@@ -1,0 +1,78 @@
+"""Plans and loss weights, by their laws and by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aspo_lightning.batching import loss_weights, plan_phase
+from aspo_lightning.errors import ConfigError
+
+phases = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=1, max_size=12)
+
+
+@given(phases, st.integers(1, 6), st.integers(1, 4), st.integers(60, 200), st.sampled_from([0.0, 0.01]))
+def test_every_sequence_has_one_place_within_the_budget(groups, optimizer_steps, world_size, token_budget, quadratic):
+    settings = {
+        "optimizer_steps": optimizer_steps,
+        "world_size": world_size,
+        "token_budget": token_budget,
+        "quadratic_cost": quadratic,
+    }
+    plan = plan_phase(groups, **settings)
+    lengths = [n for group in groups for n in group]
+    owner = [g for g, group in enumerate(groups) for _ in group]
+    placed = [i for step in plan.steps for rank in step for micro in rank for i in micro]
+    assert sorted(placed) == list(range(len(lengths)))
+    assert len(plan.steps) == min(optimizer_steps, len(groups))
+    for step in plan.steps:
+        assert len(step) == world_size
+        for rank in step:
+            assert len(rank) == plan.accumulate
+            assert all(sum(lengths[i] for i in micro) <= token_budget for micro in rank)
+    # Groups stay together, in order.
+    step_of = [{owner[i] for rank in step for micro in rank for i in micro} for step in plan.steps]
+    assert [g for groups_of in step_of for g in sorted(groups_of)] == list(range(len(groups)))
+    assert plan == plan_phase(groups, **settings)
+
+
+def test_accumulate_is_the_smallest_that_fits():
+    assert plan_phase([[50, 50], [50, 50]], optimizer_steps=2, token_budget=100).accumulate == 1
+    assert plan_phase([[50, 51], [50, 50]], optimizer_steps=2, token_budget=100).accumulate == 2
+    assert plan_phase([[60, 60, 60]], optimizer_steps=1, token_budget=100).accumulate == 3
+    assert plan_phase([[60, 60, 60, 60]], optimizer_steps=1, token_budget=120, world_size=2).accumulate == 1
+
+
+def test_ranks_get_equal_work():
+    groups = [[3 + (7 * i * j) % 50 for i in range(8)] for j in range(8)]
+    lengths = [n for group in groups for n in group]
+    plan = plan_phase(groups, optimizer_steps=2, world_size=4, token_budget=80)
+    for step in plan.steps:
+        loads = [sum(lengths[i] for micro in rank for i in micro) for rank in step]
+        assert max(loads) / (sum(loads) / len(loads)) <= 1.05
+
+
+def test_no_groups_make_no_steps():
+    assert plan_phase([], optimizer_steps=4, token_budget=10).steps == []
+
+
+def test_a_sequence_beyond_the_budget_is_refused():
+    with pytest.raises(ConfigError, match="11 tokens, more than token_budget 10"):
+        plan_phase([[11]], optimizer_steps=1, token_budget=10)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "expected"),
+    [
+        ("token_mean", [6 / 10, 6 / 10, 6 / 10]),
+        ("sequence_mean", [6 / (3 * 2), 6 / (3 * 3), 6 / (3 * 5)]),
+        ("sequence_sum", [6 / (3 * 40)] * 3),
+    ],
+)
+def test_loss_weights_by_hand(averaging, expected):
+    assert loss_weights([2, 3, 5], averaging, scale=6, max_completion_length=40) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("averaging", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_empty_responses_are_in_no_denominator(averaging):
+    full = loss_weights([2, 3], averaging, scale=1, max_completion_length=40)
+    assert loss_weights([2, 0, 3], averaging, scale=1, max_completion_length=40)[::2] == full
