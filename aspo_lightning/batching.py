@@ -1,4 +1,4 @@
-"""Planning a phase: rollout groups -> optimizer steps x micro-batches x ranks, balanced, with the weights of the loss."""
+"""Planning a phase: groups -> optimizer steps x micro-batches x ranks, balanced, and the weights of the loss."""
 
 import heapq
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The command line: ``aspo fit | validate | test``."""
+"""The command line: ``aspo fit | validate | test | report``."""
 
 import inspect
 import os
@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from aspo_lightning import report
 from aspo_lightning.callbacks import EvaluationReport, PhaseReport, peak_memory_gb
 from aspo_lightning.checkpoints import AtomicCheckpointIO, last_checkpoint
 from aspo_lightning.datamodule import RolloutDataModule
@@ -166,6 +167,8 @@ def check_writable(folder: Path) -> None:
 def main() -> None:
     """Entry point of the console script ``aspo``."""
     try:
+        if sys.argv[1:2] == ["report"]:
+            return report.main(sys.argv[2:])
         ASPOCLI(
             ASPOModule,
             RolloutDataModule,

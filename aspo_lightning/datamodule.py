@@ -88,7 +88,7 @@ class RolloutDataModule(LightningDataModule):
         check_sampling("data.eval_group_size", eval_group_size, "data.eval_temperature", eval_temperature, top_p)
         if group_size < 2:
             raise ConfigError(
-                f"data.group_size is {group_size}; completions are judged against their group, so it must be at least 2."
+                f"data.group_size is {group_size}; completions are judged against each other, so it must be at least 2."
             )
         for name, value in (
             ("prompts_per_phase", prompts_per_phase),

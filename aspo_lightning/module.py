@@ -18,7 +18,11 @@ from aspo_lightning.types import Evaluation, MicroBatch
 TOKEN_METRICS = [
     "entropy",
     "kl",
-    *(f"{name}_{sign}" for name in ("clip_fraction", "dual_clip_fraction", "ratio") for sign in ("positive", "negative")),
+    *(
+        f"{name}_{sign}"
+        for name in ("clip_fraction", "dual_clip_fraction", "ratio")
+        for sign in ("positive", "negative")
+    ),
 ]
 
 

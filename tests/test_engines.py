@@ -1,0 +1,104 @@
+"""Both engines, the real ones, against the trainer's own scorer."""
+
+import pytest
+import torch
+
+from aspo_lightning.engines import SamplingRequest, TransformersEngine, VLLMEngine
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.types import MicroBatch
+
+PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 9, 5, 7)]
+
+
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def engine(request, tiny_model):
+    engine = VLLMEngine(kv_cache_gib=0.05) if request.param == "vllm" else TransformersEngine(batch_size=5)
+    engine.check()
+    engine.start(tiny_model, context_length=64)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def policy(engine, tiny_model):
+    """A scorer with the weights that the engine has."""
+    policy = ScoredCausalLM.from_pretrained(tiny_model)
+    engine.sync_weights(policy.lm.named_parameters())
+    return policy
+
+
+def sample(engine, *, seeds=range(6), temperature=0.8, max_tokens=24, top_p=1.0, prompts=PROMPTS):
+    requests = [SamplingRequest(p, max_tokens, seed, temperature, top_p) for p in prompts for seed in seeds]
+    return requests, engine.generate(requests, description="test")
+
+
+def scored(policy, requests, completions, temperature=0.8):
+    batch = MicroBatch.from_sequences(
+        [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
+        generator_logprobs=[c.generator_logprobs for c in completions],
+    )
+    with torch.no_grad():
+        return policy(batch, temperature=temperature)[0], batch.generator_logprobs
+
+
+def test_generator_logprobs_are_the_trainers_at_that_temperature(engine, policy):
+    for temperature in (0.8, 1.3):
+        requests, completions = sample(engine, temperature=temperature)
+        ours, theirs = scored(policy, requests, completions, temperature)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_the_end_token_is_kept_and_truncation_is_told(engine, policy):
+    _, completions = sample(engine, seeds=range(40), temperature=1.5)
+    for completion in completions:
+        assert 1 not in completion.completion_ids[:-1]
+        assert completion.truncated == (completion.completion_ids[-1] != 1)
+        assert len(completion.completion_ids) == len(completion.generator_logprobs)
+        assert len(completion.completion_ids) == 24 or not completion.truncated
+    assert {c.truncated for c in completions} == {True, False}
+
+
+def test_a_seed_fixes_a_completion_whatever_else_is_sampled(engine, policy):
+    requests, together = sample(engine)
+    alone = [engine.generate([r], description="test")[0].completion_ids for r in requests[::5]]
+    assert alone == [c.completion_ids for c in together[::5]]
+    assert len({c.completion_ids for c in together[:6]}) > 1  # siblings differ
+
+
+def test_greedy_takes_the_likeliest_token(engine, policy):
+    requests, completions = sample(engine, seeds=[1], temperature=0.0, max_tokens=6)
+    for request, completion in zip(requests, completions, strict=True):
+        ids = list(request.prompt_ids)
+        for token in completion.completion_ids:
+            assert token == policy.lm(input_ids=torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)
+
+
+def test_top_p_leaves_the_nucleus(engine, policy):
+    requests, completions = sample(
+        engine, seeds=range(30), temperature=1.0, max_tokens=1, top_p=0.3, prompts=PROMPTS[:1]
+    )
+    probs = policy.lm(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    ordered, order = probs.sort(descending=True)
+    nucleus = set(order[: int((ordered.cumsum(0) < 0.3).sum()) + 1].tolist())
+    assert {c.completion_ids[0] for c in completions} <= nucleus
+
+
+def test_after_a_sync_the_engine_samples_from_the_new_weights(engine, policy):
+    before_requests, before = sample(engine)  # fills the prefix cache with the old weights
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.lm.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    engine.sync_weights(policy.lm.named_parameters())
+    requests, completions = sample(engine)
+    ours, theirs = scored(policy, requests, completions)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    stale, old = scored(policy, before_requests, before)
+    assert (stale - old).abs().mean() > 0.1  # the new weights are really others
+
+
+def test_a_batch_without_places_is_refused():
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        TransformersEngine(batch_size=0)

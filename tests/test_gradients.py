@@ -1,0 +1,77 @@
+"""The gradient of an optimizer step is the same however it is split, and is the one derived by hand in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aspo_lightning.advantages import group_advantages
+from tests.one_step import AVERAGING, ENTROPY_COEF, KL_COEF, MAX_LENGTH, TEMPERATURE, drift, make_groups
+
+ROOT = Path(__file__).parent.parent
+
+
+def gradient_by_hand(model: str, averaging: str) -> torch.Tensor:
+    """ASPO + k3 + entropy bonus from the paper's equations, one sequence at a time, in float64."""
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    groups = make_groups()
+    advantages = group_advantages(torch.tensor([[r.reward for r in g.rollouts] for g in groups]))
+    lengths = [len(r.completion_ids) for g in groups for r in g.rollouts]
+    total = 0
+    for g, group in enumerate(groups):
+        for s, rollout in enumerate(group.rollouts):
+            prompt, completion = list(group.prompt.prompt_ids), list(rollout.completion_ids)
+            logits = lm(input_ids=torch.tensor([prompt + completion])).logits[0] / TEMPERATURE
+            logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            per_token = 0
+            for t, token in enumerate(completion):
+                # old = current + drift, so r = exp(-drift); likewise for the reference
+                r, a = float(torch.tensor(-drift(token, 7)).exp()), advantages[g, s].item()
+                w = (min(1 / r, 3) if r <= 1.2 else 0) if a > 0 else (min(r, 3) if r >= 0.8 else 0)
+                d = logp[t, token].detach() + drift(token, 3) - logp[t, token]
+                k3 = d.exp() - d - 1
+                entropy = -(logp[t].exp() * logp[t]).sum()
+                per_token = per_token - w * a * logp[t, token] + KL_COEF * k3 - ENTROPY_COEF * entropy
+            weight = {
+                "token_mean": 1 / sum(lengths),
+                "sequence_mean": 1 / (len(lengths) * len(completion)),
+                "sequence_sum": 1 / (len(lengths) * MAX_LENGTH),
+            }[averaging]
+            total = total + weight * per_token
+    total.backward()
+    return torch.cat([p.grad.flatten() for p in lm.parameters()])
+
+
+@pytest.fixture(scope="module")
+def gradients(tiny_model, tmp_path_factory):
+    results = {}
+    for ranks in (1, 2):
+        out = tmp_path_factory.mktemp("gradients") / f"{ranks}.pt"
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+        subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "tests" / "one_step.py"), tiny_model, str(out)],
+            check=True,
+            timeout=300,
+            capture_output=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        results[ranks] = torch.load(out)
+    return results
+
+
+@pytest.mark.parametrize("averaging", AVERAGING)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-4)])
+def test_the_gradient_does_not_depend_on_the_split(gradients, tiny_model, averaging, dtype, tolerance):
+    expected = gradient_by_hand(tiny_model, averaging)
+    assert expected.norm() > 1e-3
+    for ranks in (1, 2):
+        for k in (1, 2, 4, 8):
+            for packs in (True, False):
+                gradient = gradients[ranks][dtype, averaging, k, packs].double()
+                error = ((gradient - expected).norm() / expected.norm()).item()
+                assert error <= tolerance, (ranks, k, packs, error)
