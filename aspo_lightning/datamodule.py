@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 
 from aspo_lightning.advantages import AdvantageEstimator
 from aspo_lightning.batching import Averaging
@@ -156,6 +157,8 @@ class RolloutDataModule(LightningDataModule):
         assert trainer is not None
         # Not current_epoch: on resume Lightning asks first while that still is the epoch already finished.
         epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
+            return Phase(epoch, [], accumulate=1, groups=[])  # a run resumed behind its end
         if self.phase is None or self.phase.epoch != epoch:
             self.phase = self._run_phase(epoch)
         trainer.accumulate_grad_batches = self.phase.accumulate
@@ -230,7 +233,11 @@ class RolloutDataModule(LightningDataModule):
 
     def _prompts(self, task: Task) -> list[Prompt]:
         prompts = task.prompts(self.tokenizer)
-        return [p for p in prompts if len(p.prompt_ids) <= self.max_prompt_length]
+        short = [p for p in prompts if len(p.prompt_ids) <= self.max_prompt_length]
+        if len(short) < len(prompts):
+            dropped = len(prompts) - len(short)
+            rank_zero_info(f"Dropped {dropped} of {len(prompts)} prompts: over {self.max_prompt_length} tokens")
+        return short
 
 
 class _EvaluationLoader:

@@ -153,6 +153,9 @@ class ASPOModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        if norm == 0:
+            # No group told anything in this phase. AdamW would still move the weights, by momentum and decay.
+            optimizer.zero_grad(set_to_none=True)
         self.log("policy/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -76,9 +76,7 @@ def test_greedy_takes_the_likeliest_token(engine, policy):
 
 
 def test_top_p_leaves_the_nucleus(engine, policy):
-    requests, completions = sample(
-        engine, seeds=range(30), temperature=1.0, max_tokens=1, top_p=0.3, prompts=PROMPTS[:1]
-    )
+    _, completions = sample(engine, seeds=range(30), temperature=1.0, max_tokens=1, top_p=0.3, prompts=PROMPTS[:1])
     probs = policy.lm(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
     ordered, order = probs.sort(descending=True)
     nucleus = set(order[: int((ordered.cumsum(0) < 0.3).sum()) + 1].tolist())

@@ -33,7 +33,8 @@ class TransformersEngine(Generator):
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=self.dtype)
-        self._lm = lm.to(torch.device(device)).eval()
+        lm.to(torch.device(device))  # type: ignore[arg-type]
+        self._lm = lm.eval()
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest], *, description: str) -> list[Completion]:
