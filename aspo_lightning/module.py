@@ -1,7 +1,7 @@
 """ASPOModule: Lightning hooks around policy, frozen reference and objective."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -81,7 +81,7 @@ class ASPOModule(LightningModule):
         }
         self.policy: ScoredCausalLM | None = None
         self.reference: ScoredCausalLM | None = None
-        self.token_metrics = nn.ModuleDict({name: MeanMetric() for name in TOKEN_METRICS})
+        self.token_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in TOKEN_METRICS})
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -139,11 +139,13 @@ class ASPOModule(LightningModule):
     def _log_metrics(self, loss: Tensor, metrics: dict[str, TokenMean]) -> None:
         self.log("policy/loss", loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         for name, (value, tokens) in metrics.items():
-            metric = self.token_metrics[name]
-            assert isinstance(metric, MeanMetric)
-            if tokens > 0:
-                metric.update(value, tokens)
-            self.log(f"policy/{name}", metric, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            metric = cast(MeanMetric, self.token_metrics[name])
+            metric.update(value, tokens)
+            if self.trainer.is_last_batch:
+                mean = metric.compute()  # over all ranks
+                metric.reset()
+                if not mean.isnan():  # a phase without a useful group measures nothing
+                    self.log(f"policy/{name}", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = [p for p in self.parameters() if p.grad is not None]

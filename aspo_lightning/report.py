@@ -50,7 +50,7 @@ def table(runs: dict[str, Curves]) -> str:
 
 def change(before: Sequence[float], after: Sequence[float]) -> str:
     if not before:
-        return "–"
+        return "-"
     first, last = statistics.mean(before), statistics.mean(after)
     return f"{first:.2f} → {last:.2f} ({last - first:+.2f})"
 

@@ -87,7 +87,8 @@ def main() -> None:
         baseline = baseline or (seconds, found["mib"])
         print(
             f"{way:6s} {seconds:6.2f} s ({min(found['seconds']):.2f} to {max(found['seconds']):.2f}), "
-            f"{seconds / baseline[0]:.2f} x the time; {found['mib']:7.0f} MiB, {baseline[1] / found['mib']:.1f} x less; "
+            f"{seconds / baseline[0]:.2f} x the time; "
+            f"{found['mib']:7.0f} MiB, {baseline[1] / found['mib']:.1f} x less; "
             f"gradient norm {found['checksum']:.6f}",
             flush=True,
         )

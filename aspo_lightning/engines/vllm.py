@@ -112,6 +112,8 @@ class VLLMEngine(Generator):
         llm = self._running()
         # reload_weights and not load_weights: the CPU build packs weights after loading, which must happen again.
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        if not torch.cuda.is_available():
+            llm.apply_model(_pack_head)
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache after new weights: requests are still running")
 
@@ -122,6 +124,15 @@ class VLLMEngine(Generator):
         if self._llm is None:
             raise RuntimeError("the engine has not been started")
         return self._llm
+
+
+def _pack_head(model: torch.nn.Module) -> None:
+    """Packs the head again. A head tied to the embedding is in no weights, so a reload leaves its old packing there."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _progress_bar(description: str, *args, **kwargs) -> tqdm:

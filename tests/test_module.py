@@ -1,0 +1,158 @@
+"""ASPOModule under a real Trainer: what it computes, what it leaves alone."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from aspo_lightning import ASPOModule
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.objectives import GRPO
+from aspo_lightning.rollouts import build_phase
+from aspo_lightning.types import Rollout, RolloutGroup
+from tests.one_step import MAX_LENGTH, OneStep, make_groups
+
+
+class Phases(OneStep):
+    """Two optimizer steps, with the log-probs that the module itself gives."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.groups = groups
+
+    def train_dataloader(self):
+        self.phase = build_phase(
+            self.groups,
+            self.trainer.lightning_module.score,
+            epoch=0,
+            optimizer_steps=2,
+            max_completion_length=MAX_LENGTH,
+            token_budget=60,
+        )
+        self.trainer.accumulate_grad_batches = self.phase.accumulate
+        return self.phase
+
+
+class Recorded(ASPOModule):
+    """Keeps the log-probs that training sees."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            logprobs, _ = self.policy(batch, temperature=self.temperature)
+        self.differences = [*getattr(self, "differences", []), (logprobs - batch.old_logprobs).abs().max().item()]
+        return super().training_step(batch, batch_idx)
+
+
+def fit(module, data, **settings):
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(module, data)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def adam(lr):
+    return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1)
+
+
+def test_without_updates_every_ratio_is_exactly_one(tiny_model):
+    # The narrowest trust region there is: a ratio one bit off would be clipped.
+    module = Recorded(tiny_model, objective=GRPO(0.0, 0.0), temperature=0.7, optimizer=adam(0.0))
+    data = Phases(make_groups())
+    metrics = fit(module, data)
+    assert data.phase.accumulate > 1
+    assert module.differences == [0.0] * len(data.phase)
+    for sign in ("positive", "negative"):
+        assert metrics[f"policy/ratio_{sign}"] == 1
+        assert metrics[f"policy/clip_fraction_{sign}"] == 0
+    assert metrics["policy/kl"] == 0
+    assert metrics["policy/grad_norm"] > 0
+
+
+def test_with_updates_the_policy_moves_and_the_reference_does_not(tiny_model):
+    module = Recorded(tiny_model, optimizer=adam(1e-2))
+    module.configure_model()
+    before = {name: p.clone() for name, p in module.reference.state_dict().items()}
+    data = Phases(make_groups())
+    metrics = fit(module, data)
+    k = data.phase.accumulate
+    assert module.differences[:k] == [0.0] * k  # the first optimizer step
+    assert min(module.differences[k:]) > 1e-3  # the second
+    assert metrics["policy/ratio_positive"] != 1
+    for name, parameter in module.reference.state_dict().items():
+        assert torch.equal(parameter, before[name])
+        assert not torch.equal(parameter, module.policy.state_dict()[name]) or "norm" in name
+    assert not module.reference.training
+    assert not any(p.requires_grad for p in module.reference.parameters())
+    assert all(key.startswith("policy.") for key in module.state_dict())
+
+
+def test_a_phase_that_tells_nothing_changes_nothing(tiny_model):
+    module = ASPOModule(tiny_model, optimizer=adam(1e-2))
+    module.configure_model()
+    before = {name: p.clone() for name, p in module.policy.state_dict().items()}
+    rollouts = (Rollout((7, 8), (-1.0, -1.0), False, "", 1.0),) * 2
+    fit(module, Phases([RolloutGroup(make_groups()[0].prompt, rollouts)]))
+    assert all(torch.equal(p, before[name]) for name, p in module.policy.state_dict().items())
+
+
+def test_gradients_are_clipped_and_their_norm_is_logged_unclipped(tiny_model):
+    def norm(**settings):
+        seen = []
+
+        class Watched(ASPOModule):
+            def configure_gradient_clipping(self, *args, **kwargs):
+                super().configure_gradient_clipping(*args, **kwargs)
+                seen.append(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]).item())
+
+        metrics = fit(Watched(tiny_model, optimizer=adam(0.0)), Phases(make_groups()), **settings)
+        return metrics["policy/grad_norm"], seen
+
+    free, unclipped = norm()
+    assert free == pytest.approx(sum(unclipped) / 2)
+    limit = min(unclipped) / 2
+    logged, clipped = norm(gradient_clip_val=limit)
+    assert logged == pytest.approx(free)
+    assert clipped == pytest.approx([limit, limit], rel=1e-4)
+    _, by_value = norm(gradient_clip_val=1e-6, gradient_clip_algorithm="value")
+    assert max(by_value) < 1e-2
+
+
+def test_without_kl_there_is_no_reference(tiny_model):
+    module = ASPOModule(tiny_model, kl_coef=0.0)
+    module.configure_model()
+    assert module.reference is None
+    assert "policy/kl" not in fit(module, Phases(make_groups()))
+
+
+def test_the_scheduler_moves_with_every_optimizer_step(tiny_model):
+    module = ASPOModule(
+        tiny_model,
+        optimizer=adam(1.0),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=10),
+    )
+    module.configure_model()
+    rates = []
+
+    class Watched(Phases):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return batch
+
+    data = Watched(make_groups())
+    fit(module, data)
+    k = data.phase.accumulate
+    assert rates == pytest.approx([0.1] * k + [0.19] * k)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"kl_coef": -1.0}, "kl_coef is -1"), ({"chunk_size": 0}, "chunk_size is 0")]
+)
+def test_impossible_settings_are_refused(tiny_model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ASPOModule(tiny_model, **settings)
