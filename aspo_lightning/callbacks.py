@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
@@ -73,6 +74,8 @@ class EvaluationReport(Callback):
             trainer.training = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # Lightning prints a table then
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("eval/")}
         if trainer.global_step == 0:
             self.before = metrics
