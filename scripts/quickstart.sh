@@ -10,5 +10,5 @@ if [ ! -e "$HOME/.cache/aspo_lightning/SmolLM2-135M-Instruct/config.json" ]; the
   .venv/bin/python scripts/fetch_model.py
 fi
 # Large tensors go back to the system when they are freed, instead of leaving holes in the heap.
-export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=2097152
+export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=8388608
 exec .venv/bin/aspo fit --config configs/quickstart.yaml "$@"
