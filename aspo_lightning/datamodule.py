@@ -10,24 +10,26 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from aspo_lightning.advantages import AdvantageEstimator
 from aspo_lightning.batching import Averaging
+from aspo_lightning.curriculum import Curriculum, Shuffled
 from aspo_lightning.engines import Generator, VLLMEngine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.models import load_config, load_tokenizer, resolve_model
 from aspo_lightning.rewards import RewardPool
 from aspo_lightning.rollouts import (
     MismatchCorrection,
+    NoSpread,
     Phase,
-    Sampling,
     Scorer,
+    Shaping,
+    TruncatedRule,
     build_phase,
     check_phase,
-    draw_prompts,
     evaluation_metrics,
     held_out,
-    sample_groups,
 )
+from aspo_lightning.sampling import Sampling, sample_groups, sample_phase
 from aspo_lightning.tasks import Task
-from aspo_lightning.types import Evaluation, Prompt
+from aspo_lightning.types import Evaluation, Prompt, RolloutGroup
 
 EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
 
@@ -37,12 +39,20 @@ class RolloutDataModule(LightningDataModule):
 
     Args:
         model_name_or_path: the policy (set by ``model.model_name_or_path`` on the command line).
-        train: where training prompts come from, by class name: ReasoningGym, JSONLines.
+        train: where training prompts come from, by class name: Dataset, ReasoningGym, MultipleChoice, Mixture.
         val: held-out tasks by the name they have in TensorBoard. Their prompts are taken out of ``train``.
         engine: what samples, by class name: VLLMEngine, TransformersEngine.
+        curriculum: which prompts an epoch draws, by class name: Shuffled, PassRate, RisingLevels.
         prompts_per_phase: prompts of an epoch.
         group_size: completions of each prompt, compared with each other.
-        optimizer_steps: updates of an epoch; the kept groups are shared among them.
+        optimizer_steps: updates of a pass through the phase; the kept groups are shared among them.
+        passes: how often an epoch goes through its phase (1; the released script of the paper: 3).
+        no_spread: groups whose completions all have one reward are dropped (the released script), kept (their zeros
+            count in the average), or replaced by sampling more prompts (refill: DAPO's dynamic sampling).
+        max_refills: how many more times refill may sample in an epoch.
+        truncated: a completion that ran into the length limit gets its score, zero, or is left out of the loss (mask).
+        overlong_buffer: tokens before max_completion_length over which a penalty rises (DAPO). 0: none.
+        overlong_penalty: that penalty at full length.
         max_prompt_length: tokens; longer prompts are dropped.
         max_completion_length: tokens; a longer completion is cut off there.
         temperature: of sampling; the trainer divides its logits by the same.
@@ -65,9 +75,16 @@ class RolloutDataModule(LightningDataModule):
         train: Task,
         val: dict[str, Task] | None = None,
         engine: Generator = VLLMEngine(),
+        curriculum: Curriculum = Shuffled(),
         prompts_per_phase: int = 64,
         group_size: int = 16,
         optimizer_steps: int = 4,
+        passes: int = 1,
+        no_spread: NoSpread = "drop",
+        max_refills: int = 3,
+        truncated: TruncatedRule = "score",
+        overlong_buffer: int = 0,
+        overlong_penalty: float = 1.0,
         max_prompt_length: int = 2048,
         max_completion_length: int = 8192,
         temperature: float = 1.0,
@@ -94,6 +111,7 @@ class RolloutDataModule(LightningDataModule):
         for name, value in (
             ("prompts_per_phase", prompts_per_phase),
             ("optimizer_steps", optimizer_steps),
+            ("passes", passes),
             ("max_prompt_length", max_prompt_length),
             ("max_completion_length", max_completion_length),
         ):
@@ -108,10 +126,21 @@ class RolloutDataModule(LightningDataModule):
             )
         if not 0 <= mismatch_bounds[0] <= 1 <= mismatch_bounds[1]:
             raise ConfigError(f"data.mismatch_bounds are {mismatch_bounds}; they must enclose 1, like 0.5 and 2.")
+        if not 0 <= overlong_buffer <= max_completion_length:
+            raise ConfigError(
+                f"data.overlong_buffer is {overlong_buffer}; allowed are 0 (no penalty) to max_completion_length "
+                f"{max_completion_length}."
+            )
+        if max_refills < 0 or overlong_penalty < 0:
+            raise ConfigError(
+                f"data.max_refills is {max_refills} and data.overlong_penalty {overlong_penalty}; both are at least 0."
+            )
         self.train_task, self.val_tasks = train, val or {}
+        self.curriculum = curriculum
         self.engine = engine
         self.engine.check()
         self.prompts_per_phase = prompts_per_phase
+        self.max_refills = max_refills if no_spread == "refill" else 0
         self.optimizer_steps = optimizer_steps
         self.max_prompt_length = max_prompt_length
         self.context_length = context_length
@@ -123,6 +152,9 @@ class RolloutDataModule(LightningDataModule):
             "max_completion_length": max_completion_length,
             "advantage": advantage,
             "averaging": averaging,
+            "shaping": Shaping(truncated, overlong_buffer, overlong_penalty),
+            "no_spread": no_spread,
+            "passes": passes,
             "mismatch_correction": mismatch_correction,
             "mismatch_bounds": mismatch_bounds,
         }
@@ -146,6 +178,7 @@ class RolloutDataModule(LightningDataModule):
             )
         # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
         self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
+        self.pool.load(f for task in [self.train_task, *self.val_tasks.values()] for f in sorted(task.functions()))
         self.tokenizer = load_tokenizer(self.model_name_or_path)
         self.val_prompts = {name: self._prompts(task) for name, task in self.val_tasks.items()}
         self.train_prompts = held_out(self._prompts(self.train_task), self.val_prompts.values())
@@ -182,6 +215,12 @@ class RolloutDataModule(LightningDataModule):
         self.engine.stop()
         self._started, self._synced_step = False, None
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"curriculum": self.curriculum.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.curriculum.load_state_dict(state_dict["curriculum"])
+
     def evaluate(self, name: str) -> Evaluation:
         """Samples and scores the held-out task ``name`` with the current policy."""
         self._sync_engine()
@@ -191,25 +230,42 @@ class RolloutDataModule(LightningDataModule):
     def _run_phase(self, epoch: int) -> Phase:
         assert self.trainer is not None
         sync_s = self._sync_engine()
-        prompts = draw_prompts(self.train_prompts, count=self.prompts_per_phase, epoch=epoch, seed=self.sampling.seed)
-        groups, times = self._sample(prompts, self.sampling, epoch, "generate")
+        groups, times = sample_phase(
+            lambda attempt, missing, so_far: self._draw(epoch, attempt, missing, so_far),
+            lambda prompts: self._sample(prompts, self.sampling, epoch, "generate"),
+            self.prompts_per_phase,
+            max_refills=self.max_refills,
+        )
+        learned = self.curriculum.update(groups)
         phase = build_phase(
             groups,
             cast(Scorer, self.trainer.lightning_module.score),
             epoch=epoch,
+            max_groups=self.prompts_per_phase,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
             **self.phase_settings,
         )
-        phase.metrics.update(times, **{"time/sync_s": sync_s})
+        phase.metrics.update(times, **{"time/sync_s": sync_s}, **learned)
         return phase
 
-    def _sample(self, prompts: Sequence[Prompt], sampling: Sampling, epoch: int, description: str):
+    def _draw(self, epoch: int, attempt: int, missing: int, so_far: Sequence[RolloutGroup]) -> list[Prompt]:
+        if attempt == 0:
+            return self.curriculum.draw(
+                self.train_prompts, self.prompts_per_phase, epoch=epoch, seed=self.sampling.seed
+            )
+        drawn = {group.prompt.id for group in so_far}
+        left = [p for p in self.train_prompts if p.id not in drawn]
+        return self.curriculum.draw_more(left, missing, epoch=epoch, seed=self.sampling.seed, attempt=attempt)
+
+    def _sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, epoch: int, description: str
+    ) -> tuple[list[RolloutGroup], dict[str, float]]:
         assert self.trainer is not None
         return sample_groups(
             self.engine,
             self.pool,
-            lambda ids: cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True)),
+            self.tokenizer,
             prompts,
             sampling,
             epoch=epoch,

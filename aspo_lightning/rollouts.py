@@ -1,11 +1,9 @@
-"""A rollout phase: prompts -> completions -> rewards -> advantages -> planned, scored micro-batches.
+"""A rollout phase: sampled groups -> shaped rewards -> advantages -> planned, scored micro-batches.
 
-Engine-agnostic, and free of Lightning. Every rank samples its share, then holds the whole phase.
+Engine-agnostic, and free of Lightning. Every rank holds the whole phase.
 """
 
-import hashlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,30 +14,30 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm.auto import tqdm
 
-from aspo_lightning.advantages import AdvantageEstimator, group_advantages, has_spread
+from aspo_lightning.advantages import AdvantageEstimator, group_advantages
 from aspo_lightning.batching import Averaging, Plan, loss_weights, plan_phase
-from aspo_lightning.engines.base import Generator, SamplingRequest
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.metrics import pass_at_k, repetition_rate
-from aspo_lightning.rewards import RewardItem, RewardPool
+from aspo_lightning.metrics import SOLVED, accuracy, pass_at_k, repetition_rate
+from aspo_lightning.sampling import group_has_spread
 from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
-
-SOLVED = 1.0 - 1e-6  # a task reward from here on is a full solution
 
 Scorer = Callable[[MicroBatch], tuple[Tensor, Tensor]]
 """(old_logprobs[N], ref_logprobs[N]) of a micro-batch, on the CPU."""
 
 MismatchCorrection = Literal["off", "truncate", "mask"]
+NoSpread = Literal["drop", "keep", "refill"]
+TruncatedRule = Literal["score", "zero", "mask"]
 
 
-class Sampling(NamedTuple):
-    """How completions are drawn."""
+class Shaping(NamedTuple):
+    """What becomes of a task reward before it turns into an advantage."""
 
-    group_size: int
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
+    truncated: TruncatedRule = "score"
+    """A truncated completion gets its score or zero, or is left out of the loss (but not of its group's mean)."""
+    overlong_buffer: int = 0
+    """Length in tokens of the soft overlong penalty's slope, before max_completion_length; 0 is no penalty."""
+    overlong_penalty: float = 1.0
+    """At full length."""
 
 
 @dataclass(frozen=True)
@@ -62,75 +60,6 @@ class Phase:
         return iter(self.micro_batches)
 
 
-def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int) -> int:
-    """f(run seed, epoch, prompt, sample): siblings differ, and a resumed run draws the same again. 0 to 2^63 - 1."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{prompt_id}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def draw_prompts(prompts: Sequence[Prompt], *, count: int, epoch: int, seed: int) -> list[Prompt]:
-    """The prompts of an epoch: a function of (seed, epoch), going through all of them in a new order each pass."""
-    per_pass = len(prompts) // count  # whole phases; the rest of a pass has its turn in another order
-    number, position = divmod(epoch, per_pass)
-    order = list(range(len(prompts)))
-    random.Random(f"{seed}/{number}").shuffle(order)
-    return [prompts[i] for i in order[position * count : (position + 1) * count]]
-
-
-def sample_groups(
-    engine: Generator,
-    pool: RewardPool,
-    decode: Callable[[Sequence[int]], str],
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    epoch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    description: str = "generate",
-) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Samples and scores a group for each prompt: each rank its share, the result gathered on all.
-
-    Returns:
-        The groups in the order of the prompts, and the seconds of generation and reward (of the slowest rank).
-    """
-    share = prompts[rank::world_size]
-    start = time.perf_counter()
-    completions = engine.generate(
-        [
-            SamplingRequest(
-                prompt.prompt_ids,
-                sampling.max_tokens,
-                sampling_seed(sampling.seed, epoch, prompt.id, sample),
-                sampling.temperature,
-                sampling.top_p,
-            )
-            for prompt in share
-            for sample in range(sampling.group_size)
-        ],
-        description=description,
-    )
-    generated = time.perf_counter()
-    texts = [decode(c.completion_ids) for c in completions]
-    owners = [prompt for prompt in share for _ in range(sampling.group_size)]
-    scores = pool.score([RewardItem(p.reward, text, p.row) for p, text in zip(owners, texts, strict=True)])
-    rollouts = [
-        Rollout(c.completion_ids, c.generator_logprobs, c.truncated, text, score.reward, score.failed)
-        for c, text, score in zip(completions, texts, scores, strict=True)
-    ]
-    groups = [
-        RolloutGroup(prompt, tuple(rollouts[i * sampling.group_size : (i + 1) * sampling.group_size]))
-        for i, prompt in enumerate(share)
-    ]
-    times = {"time/generate_s": generated - start, "time/reward_s": time.perf_counter() - generated}
-    if world_size > 1:
-        shares: list[Any] = [None] * world_size
-        dist.all_gather_object(shares, (groups, times))
-        groups = [shares[i % world_size][0][i // world_size] for i in range(len(prompts))]
-        times = {key: max(t[key] for _, t in shares) for key in times}
-    return groups, times
-
-
 def build_phase(
     groups: Sequence[RolloutGroup],
     scorer: Scorer,
@@ -141,6 +70,10 @@ def build_phase(
     max_completion_length: int,
     advantage: AdvantageEstimator = "group_std",
     averaging: Averaging = "token_mean",
+    shaping: Shaping = Shaping(),
+    no_spread: NoSpread = "drop",
+    passes: int = 1,
+    max_groups: int | None = None,
     mismatch_correction: MismatchCorrection = "off",
     mismatch_bounds: tuple[float, float] = (0.5, 2.0),
     quadratic_cost: float = 0.0,
@@ -149,19 +82,22 @@ def build_phase(
 ) -> Phase:
     """Turns sampled groups into the scored micro-batches of this rank.
 
-    Groups without reward spread are dropped: they are in no numerator and no denominator of the loss.
+    Groups without reward spread are in no numerator and no denominator of the loss, unless ``no_spread`` is keep. Of
+    the others the first ``max_groups`` are trained on, ``passes`` times.
     """
-    kept = [g for g in groups if has_spread(torch.tensor([[r.reward for r in g.rollouts]], dtype=torch.float64))[0]]
     metrics = rollout_metrics(groups)
+    groups = [zero_truncated(g) for g in groups] if shaping.truncated == "zero" else groups
+    kept = [g for g in groups if no_spread == "keep" or group_has_spread(g)][:max_groups]
     metrics["rollout/kept_groups"] = float(len(kept))
+    sequences = trained_sequences(kept, advantage, shaping, max_completion_length)
     plan = plan_phase(
-        [[len(g.prompt.prompt_ids) + len(r.completion_ids) for r in g.rollouts] for g in kept],
+        [[len(s.prompt_ids) + len(s.rollout.completion_ids) for s in group] for group in sequences],
         optimizer_steps=optimizer_steps,
         world_size=world_size,
         token_budget=token_budget,
         quadratic_cost=quadratic_cost,
     )
-    micro_batches = pack(kept, plan, advantage, averaging, max_completion_length, rank, world_size)
+    micro_batches = pack([s for g in sequences for s in g], plan, averaging, max_completion_length, rank, world_size)
     start = time.perf_counter()
     scored = []
     for batch in tqdm(micro_batches, desc="score", leave=False, disable=None):
@@ -170,24 +106,63 @@ def build_phase(
     metrics["time/score_s"] = time.perf_counter() - start
     metrics |= mismatch_metrics(scored, world_size)
     corrected = [correct_mismatch(batch, mismatch_correction, mismatch_bounds) for batch in scored]
-    return Phase(epoch, corrected, plan.accumulate, list(groups), metrics)
+    return Phase(epoch, corrected * passes, plan.accumulate, list(groups), metrics)
+
+
+class TrainedSequence(NamedTuple):
+    """A completion that is trained, with its advantage."""
+
+    prompt_ids: tuple[int, ...]
+    rollout: Rollout
+    advantage: float
+
+
+def trained_sequences(
+    groups: Sequence[RolloutGroup], advantage: AdvantageEstimator, shaping: Shaping, max_completion_length: int
+) -> list[list[TrainedSequence]]:
+    """The completions of each group that go into the loss, with the advantages of their shaped rewards."""
+    if not groups:
+        return []
+    rewards = [[shaped_reward(r, shaping, max_completion_length) for r in g.rollouts] for g in groups]
+    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage).tolist()
+    trained = [
+        [
+            TrainedSequence(group.prompt.prompt_ids, rollout, value)
+            for rollout, value in zip(group.rollouts, values, strict=True)
+            if not (rollout.truncated and shaping.truncated == "mask")
+        ]
+        for group, values in zip(groups, advantages, strict=True)
+    ]
+    return [group for group in trained if group]
+
+
+def shaped_reward(rollout: Rollout, shaping: Shaping, max_completion_length: int) -> float:
+    """The task reward plus DAPO's soft overlong penalty (arXiv 2503.14476, eq. 13).
+
+    With buffer b and limit L: 0 up to L - b tokens, falling evenly to -overlong_penalty at L.
+    """
+    if not shaping.overlong_buffer:
+        return rollout.reward
+    excess = rollout.sampled_length - (max_completion_length - shaping.overlong_buffer)
+    return rollout.reward - shaping.overlong_penalty * min(1.0, max(0.0, excess / shaping.overlong_buffer))
+
+
+def zero_truncated(group: RolloutGroup) -> RolloutGroup:
+    """The group with truncated completions scored as failed."""
+    return replace(group, rollouts=tuple(replace(r, reward=0.0) if r.truncated else r for r in group.rollouts))
 
 
 def pack(
-    groups: Sequence[RolloutGroup],
+    sequences: Sequence[TrainedSequence],
     plan: Plan,
-    advantage: AdvantageEstimator,
     averaging: Averaging,
     max_completion_length: int,
     rank: int,
     world_size: int,
 ) -> list[MicroBatch]:
-    """The micro-batches of a rank, in training order, not yet scored. One empty batch if there are no groups."""
-    if not groups:
+    """The micro-batches of a rank, in training order, not yet scored. One empty batch if there are no sequences."""
+    if not sequences:
         return [MicroBatch.from_sequences([])]
-    rewards = torch.tensor([[r.reward for r in g.rollouts] for g in groups], dtype=torch.float64)
-    advantages = group_advantages(rewards, advantage).flatten().tolist()
-    sequences = [(g.prompt.prompt_ids, r) for g in groups for r in g.rollouts]
     batches = []
     for step in plan.steps:
         members = [i for ranks in step for bin in ranks for i in bin]
@@ -195,7 +170,7 @@ def pack(
             zip(
                 members,
                 loss_weights(
-                    [len(sequences[i][1].completion_ids) for i in members],
+                    [sequences[i].rollout.sampled_length for i in members],
                     averaging,
                     scale=plan.accumulate * world_size,
                     max_completion_length=max_completion_length,
@@ -205,10 +180,11 @@ def pack(
         )
         batches += [
             MicroBatch.from_sequences(
-                [(sequences[i][0], sequences[i][1].completion_ids) for i in bin],
-                advantages=[advantages[i] for i in bin],
+                [(sequences[i].prompt_ids, sequences[i].rollout.completion_ids) for i in bin],
+                sampled=[sequences[i].rollout.sampled for i in bin],
+                advantages=[sequences[i].advantage for i in bin],
                 loss_weights=[weights[i] for i in bin],
-                generator_logprobs=[sequences[i][1].generator_logprobs for i in bin],
+                generator_logprobs=[sequences[i].rollout.generator_logprobs for i in bin],
             )
             for bin in step[rank]
         ]
@@ -224,8 +200,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
     return {
         "rollout/reward": mean([r.reward for r in rollouts]),
-        "rollout/accuracy": mean([r.reward >= SOLVED for r in rollouts]),
-        "rollout/length": mean([len(r.completion_ids) for r in rollouts]),
+        "rollout/accuracy": accuracy(groups),
+        "rollout/length": mean([r.sampled_length for r in rollouts]),
         "rollout/truncated_fraction": mean([r.truncated for r in rollouts]),
         "rollout/repetition_rate": mean([repetition_rate(r.text) for r in rollouts]),
         "rollout/failed_rewards": float(sum(r.failed for r in rollouts)),

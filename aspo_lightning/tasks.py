@@ -1,8 +1,11 @@
-"""Where prompts come from: procedural tasks and files."""
+"""Where prompts come from: procedural tasks, files, Hugging Face datasets, and mixtures of them."""
 
+import hashlib
 import json
+import math
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +14,43 @@ from transformers import PreTrainedTokenizerBase
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.types import Prompt
 
+Rewards = str | dict[str, float]
+"""Import path of ``reward(completion: str, row: dict) -> float``, or several with their weights."""
+
 
 class Task(ABC):
     """A source of problems, each with what its reward needs.
 
     Args:
-        reward: import path of ``reward(completion: str, row: dict) -> float``; 1.0 is a full solution.
+        reward: import path of ``reward(completion: str, row: dict) -> float``, where 1.0 is a full solution; or a
+            mapping of several to their weights.
+        environment: import path of ``environment(turns: list[str], row: dict) -> str | None``, which answers the
+            model's turns so far, or ends the episode with None. Without one, a completion is one turn.
         system_prompt: put before each problem. None leaves it to the chat template.
         chat: put problems into the model's chat template, if its tokenizer has one; otherwise they are plain text
             that the model continues.
+        thinking: switches the thinking mode of a chat template that has one (Qwen3). None leaves it to the template.
     """
 
-    def __init__(self, reward: str, system_prompt: str | None = None, chat: bool = True) -> None:
-        self.reward = reward
+    def __init__(
+        self,
+        reward: Rewards,
+        environment: str | None = None,
+        system_prompt: str | None = None,
+        chat: bool = True,
+        thinking: bool | None = None,
+    ) -> None:
+        self.rewards = {reward: 1.0} if isinstance(reward, str) else dict(reward)
+        if not self.rewards:
+            raise ConfigError("A task needs at least one reward; its mapping of rewards to weights is empty.")
+        self.environment = environment
         self.system_prompt = system_prompt
         self.chat = chat
+        self.template_options = {} if thinking is None else {"enable_thinking": thinking}
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Yields (id, question, row); ids are unique and stable.
+        """Yields (id, question, row); ids are unique and stable. A row's ``level`` is its difficulty, if it has one.
 
         Raises:
             ConfigError: for a row that can't be used; the message says which.
@@ -37,19 +58,52 @@ class Task(ABC):
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         """The problems, ready to be sampled from."""
+        chat = self.chat and tokenizer.chat_template is not None
+        before_reply, after_reply = self._reply_frame(tokenizer, chat) if self.environment else ("", "")
         prompts = []
         for id, question, row in self.rows():
-            if self.chat and tokenizer.chat_template:
-                system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
-                text: Any = tokenizer.apply_chat_template(
-                    [*system, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-                )
+            if chat:
+                text = self._render(tokenizer, [{"role": "user", "content": question}])
                 ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
             else:
                 text = f"{self.system_prompt}\n\n{question}" if self.system_prompt else question
                 ids = tokenizer(text).input_ids
-            prompts.append(Prompt(id, tuple(ids), text, self.reward, row))
+            prompts.append(
+                Prompt(
+                    id,
+                    tuple(ids),
+                    text,
+                    self.rewards,
+                    row,
+                    level=int(row.get("level") or 0),
+                    environment=self.environment,
+                    before_reply=before_reply,
+                    after_reply=after_reply,
+                )
+            )
         return prompts
+
+    def functions(self) -> set[str]:
+        """Import paths of all that runs in the reward pool for this task."""
+        return {*self.rewards, *([self.environment] if self.environment else [])}
+
+    def _render(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
+        text: Any = tokenizer.apply_chat_template(
+            [*system, *messages], tokenize=False, add_generation_prompt=True, **self.template_options
+        )
+        return str(text)
+
+    def _reply_frame(self, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, str]:
+        """What stands between a finished turn and the environment's reply, and between that and the next turn."""
+        if not chat:
+            return "\n", "\n"
+        turn, reply = "\ue000", "\ue001"  # private-use characters: in no template
+        contents = [("user", ""), ("assistant", turn), ("user", reply)]
+        text = self._render(tokenizer, [{"role": role, "content": content} for role, content in contents])
+        before, _, after = text.partition(turn)[2].partition(reply)
+        # The turn's own end token is sampled, and so already there.
+        return before.removeprefix(str(tokenizer.eos_token or "")), after
 
 
 class ReasoningGym(Task):
@@ -57,10 +111,12 @@ class ReasoningGym(Task):
 
     Args:
         task: its name, e.g. ``chain_sum``.
-        size: how many problems.
+        size: how many problems; of each level, if there are levels.
         seed: which problems.
         config: the task's own settings.
-        system_prompt, chat: see Task.
+        levels: settings that make problems harder, one mapping a level, on top of ``config``; for ``RisingLevels``.
+        reward: scores instead of the task's own verifier.
+        environment, system_prompt, chat, thinking: see Task.
     """
 
     def __init__(
@@ -69,65 +125,307 @@ class ReasoningGym(Task):
         size: int,
         seed: int = 0,
         config: dict[str, Any] | None = None,
+        levels: list[dict[str, Any]] | None = None,
+        reward: Rewards = "aspo_lightning.rewards.reasoning_gym.reward",
+        environment: str | None = None,
         system_prompt: str | None = None,
         chat: bool = True,
+        thinking: bool | None = None,
     ) -> None:
-        super().__init__("aspo_lightning.rewards.reasoning_gym.reward", system_prompt, chat)
-        self.task, self.size, self.seed, self.config = task, size, seed, config or {}
+        super().__init__(reward, environment, system_prompt, chat, thinking)
+        self.task, self.size, self.seed, self.config, self.levels = task, size, seed, config or {}, levels
         if size < 1:
             raise ConfigError(f"ReasoningGym.size is {size}: an empty task. Set it to at least 1.")
+        if levels is not None and not levels:
+            raise ConfigError("ReasoningGym.levels is an empty list. Give each level's settings, or leave it out.")
 
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         import reasoning_gym
 
-        try:
-            dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **self.config)
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ConfigError(
-                f"reasoning-gym can't make the task {self.task!r} with {self.config}: {error}."
-            ) from error
-        for index in range(self.size):
-            row = dataset[index]
-            yield f"{self.task}/{self.seed}/{index}", row["question"], row
+        for level, settings in enumerate(self.levels or [{}]):
+            config = {**self.config, **settings}
+            try:
+                dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **config)
+            except (ValueError, TypeError, AssertionError) as error:
+                raise ConfigError(f"reasoning-gym can't make the task {self.task!r} with {config}: {error}.") from error
+            for index in range(self.size):
+                row = dataset[index]
+                id = f"{self.task}/{self.seed}/{index}"
+                if self.levels is None:
+                    yield id, row["question"], row
+                else:
+                    yield f"{id}/level{level}", row["question"], {**row, "level": level}
 
 
-class JSONLines(Task):
-    """Problems from a JSONL file, one object a line.
+class Dataset(Task):
+    """Problems from a file or a Hugging Face dataset.
+
+    Columns are named by their path: ``reward_model.ground_truth``, ``prompt.0.content``.
 
     Args:
-        path: the file.
-        question: key of the problem's text.
-        answer: key of the reference answer; handed to the reward as ``row["answer"]``.
-        reward, system_prompt, chat: see Task.
+        path: a .jsonl or .parquet file, a folder saved by ``datasets``, or a name on the hub.
+        question: column of the problem's text. Of several, the texts are put one below the other; all but the first
+            may be missing in a row.
+        answer: column of what the reward compares with, handed to it as ``row["answer"]``; of several, a list.
+        id: column of a unique id. None: the row's number.
+        subset: of a dataset on the hub.
+        split: of a saved dataset or one on the hub.
+        template: what the model is asked; ``{question}`` stands for the problem's text.
+        reward, environment, system_prompt, chat, thinking: see Task.
     """
 
     def __init__(
         self,
         path: str,
-        question: str = "question",
-        answer: str = "answer",
-        reward: str = "aspo_lightning.rewards.math.reward",
+        question: str | list[str] = "question",
+        answer: str | list[str] = "answer",
+        id: str | None = None,
+        subset: str | None = None,
+        split: str = "train",
+        template: str = "{question}",
+        reward: Rewards = "aspo_lightning.rewards.math.reward",
+        environment: str | None = None,
         system_prompt: str | None = None,
         chat: bool = True,
+        thinking: bool | None = None,
     ) -> None:
-        super().__init__(reward, system_prompt, chat)
-        self.path, self.question, self.answer = Path(path).expanduser(), question, answer
+        super().__init__(reward, environment, system_prompt, chat, thinking)
+        if "{question}" not in template:
+            raise ConfigError(
+                f"A task's template is {template!r}; it must hold {{question}}, the place of the problem."
+            )
+        self.path, self.subset, self.split = path, subset, split
+        self.question = [question] if isinstance(question, str) else question
+        self.answer, self.id, self.template = answer, id, template
 
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        if not self.path.is_file():
-            raise ConfigError(f"The task file {self.path} doesn't exist. Give the path of a JSONL file.")
-        empty = True
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+        seen: dict[str, str] = {}
+        for where, number, row in read_rows(self.path, self.subset, self.split):
+            question, fields = self._problem(where, row)
+            id = f"{Path(self.path).name}/{number}"
+            if self.id is not None:
+                id = str(_filled(where, row, self.id))
+            if id in seen:
+                raise ConfigError(f"{where} has the id {id!r}, which {seen[id]} has too. Ids must be unique.")
+            seen[id] = where
+            yield id, self.template.replace("{question}", question), {**row, **fields}
+        if not seen:
+            raise ConfigError(f"{self.path} is empty. A task needs at least one row.")
+
+    def _problem(self, where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The problem's text, and what is added to its row for the reward."""
+        texts = [_filled(where, row, self.question[0])]
+        texts += [_column(where, row, key) for key in self.question[1:]]
+        for key, text in zip(self.question, texts, strict=True):
+            if text is not None and not isinstance(text, str):
+                raise ConfigError(f"{where}: {key!r} is a {type(text).__name__}; a problem's text must be a string.")
+        if isinstance(self.answer, str):
+            answer = _filled(where, row, self.answer)
+        else:
+            answer = [value for key in self.answer if not _is_empty(value := _column(where, row, key))]
+            if not answer:
+                raise ConfigError(
+                    f"{where}: all of {', '.join(map(repr, self.answer))} are empty. A row needs an answer."
+                )
+        return "\n\n".join(text for text in texts if text), {"answer": answer}
+
+
+class MultipleChoice(Dataset):
+    """Problems with options, shown as lettered lines; the answer is a letter.
+
+    Args:
+        options: columns of the options, the right one first (they are shuffled, the same way each time); or the
+            column of a list of options.
+        answer: with a list of options, the column of the right one's letter or index.
+        path, question, id, subset, split, template, reward, environment, system_prompt, chat, thinking: see Dataset.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        options: str | list[str],
+        question: str | list[str] = "question",
+        answer: str | None = None,
+        id: str | None = None,
+        subset: str | None = None,
+        split: str = "train",
+        template: str = "{question}\n\nEnd with the letter of the right option in \\boxed{}.",
+        reward: Rewards = "aspo_lightning.rewards.choice.reward",
+        environment: str | None = None,
+        system_prompt: str | None = None,
+        chat: bool = True,
+        thinking: bool | None = None,
+    ) -> None:
+        if isinstance(options, str) == (answer is None):
+            raise ConfigError(
+                f"MultipleChoice.options is {options!r} and answer is {answer!r}. Give either a list of columns, the "
+                "right one first, and no answer; or the column of all options, and that of the answer."
+            )
+        keys = options[0] if answer is None else answer
+        super().__init__(
+            path, question, keys, id, subset, split, template, reward, environment, system_prompt, chat, thinking
+        )
+        self.options = options
+
+    def _problem(self, where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        question, fields = super()._problem(where, row)
+        if isinstance(self.options, str):
+            options = _filled(where, row, self.options)
+            right = _option_index(fields["answer"])
+            if not isinstance(options, list) or right is None or right >= len(options):
+                raise ConfigError(
+                    f"{where}: {self.answer!r} is {fields['answer']!r}, which is none of the options {options!r}."
+                )
+        else:
+            options = [_filled(where, row, key) for key in self.options]
+            order = list(range(len(options)))
+            digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+            random.Random(int.from_bytes(digest, "little")).shuffle(order)
+            options, right = [options[i] for i in order], order.index(0)
+        lines = [f"{_letter(i)}. {str(option).strip()}" for i, option in enumerate(options)]
+        return "\n".join([f"{question}\n", *lines]), {"answer": _letter(right), "options": options}
+
+
+class Mixture(Task):
+    """Several tasks together.
+
+    Args:
+        tasks: by a name that goes before their ids.
+        weights: how often a pass through the mixture goes through a task: 2 takes each of its problems twice, 0.5 a
+            random half of them. A task that isn't named has 1.
+        seed: of those random parts.
+    """
+
+    def __init__(self, tasks: dict[str, Task], weights: dict[str, float] | None = None, seed: int = 0) -> None:
+        self.tasks, self.weights, self.seed = tasks, weights or {}, seed
+        if unknown := set(self.weights) - set(tasks):
+            raise ConfigError(f"Mixture.weights names {sorted(unknown)}, but the tasks are {sorted(tasks)}.")
+        for name, weight in self.weights.items():
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise ConfigError(f"Mixture.weights.{name} is {weight}; allowed are numbers from 0 on.")
+
+    def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        for name, task in self.tasks.items():
+            for id, question, row in task.rows():
+                yield f"{name}/{id}", question, row
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        mixed = []
+        for name, task in self.tasks.items():
+            prompts = [p.renamed(f"{name}/{p.id}") for p in task.prompts(tokenizer)]
+            weight = self.weights.get(name, 1.0)
+            whole = int(weight)
+            for turn in range(whole):
+                mixed += [p.renamed(f"{p.id}#{turn}") if turn else p for p in prompts]
+            part = random.Random(f"{self.seed}/{name}").sample(prompts, round((weight - whole) * len(prompts)))
+            mixed += [p.renamed(f"{p.id}#{whole}") if whole else p for p in part]
+        return mixed
+
+    def functions(self) -> set[str]:
+        return {function for task in self.tasks.values() for function in task.functions()}
+
+
+def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yields (where, number, row) of a .jsonl or .parquet file, a saved dataset or one on the hub; rows count from 1.
+
+    Raises:
+        ConfigError: if it can't be read, with the file and the row.
+    """
+    file = Path(path).expanduser()
+    if file.suffix in (".jsonl", ".json", ".parquet"):
+        if not file.is_file():
+            raise ConfigError(f"The task file {file} doesn't exist. Give the path of a .jsonl or .parquet file.")
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    else:
+        rows = _hub_rows(path, subset, split)
+    for number, row in rows:
+        where = f"{path}:{number}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where} is a {type(row).__name__}. Each row is an object with named columns.")
+        yield where, number, row
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{self.path}:{number} isn't JSON: {error}.") from error
-            for key in (self.question, self.answer):
-                if not isinstance(row, dict) or row.get(key) in (None, ""):
-                    raise ConfigError(f"{self.path}:{number} has no {key!r}. Each line is an object with that key.")
-            empty = False
-            yield f"{self.path.name}/{number}", str(row[self.question]), {**row, "answer": row[self.answer]}
-        if empty:
-            raise ConfigError(f"The task file {self.path} is empty. It needs at least one line.")
+                yield number, json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{file}:{number} isn't UTF-8 text ({error.reason}).") from error
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{file}:{number} isn't JSON: {error}. Each line is an object.") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"{file} can't be read behind row {number}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _hub_rows(path: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    try:
+        if Path(path).expanduser().is_dir():
+            dataset: Any = datasets.load_from_disk(str(Path(path).expanduser()))
+            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        else:
+            dataset = datasets.load_dataset(path, subset, split=split)
+    except Exception as error:  # of many kinds: no network, no such name, no such split, gated
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"The dataset {path!r} (subset {subset!r}, split {split!r}) can't be loaded: {reason}"
+        ) from error
+    yield from enumerate(dataset, start=1)
+
+
+def _column(where: str, row: Any, path: str) -> Any:
+    value = row
+    for part in path.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise ConfigError(f"{where} has no {path!r}. Its columns are {', '.join(map(str, row))}.")
+    return value
+
+
+def _filled(where: str, row: dict[str, Any], path: str) -> Any:
+    value = _column(where, row, path)
+    if _is_empty(value):
+        raise ConfigError(f"{where}: {path!r} is empty ({value!r}).")
+    return value
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, (list, dict)) and not value)
+
+
+def _option_index(answer: Any) -> int | None:
+    """Of a letter, or of a number (numbers in text count from 1, as letters do)."""
+    if isinstance(answer, int):
+        return answer
+    text = str(answer).strip().upper()
+    if len(text) == 1 and "A" <= text <= "Z":
+        return ord(text) - ord("A")
+    return int(text) - 1 if text.isdigit() and int(text) > 0 else None
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)

@@ -1,6 +1,6 @@
 """The data that flows through a phase. All immutable."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,10 +17,23 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     text: str
     """What ``prompt_ids`` decode to, chat template included."""
-    reward: str
-    """Import path of the function that scores a completion: ``reward(completion: str, row: dict) -> float``."""
+    rewards: Mapping[str, float]
+    """Import paths of the functions that score a completion, ``reward(completion: str, row: dict) -> float``, and
+    their weights."""
     row: dict[str, Any]
-    """The task's own row, handed to the reward."""
+    """The task's own row, handed to the rewards."""
+    level: int = 0
+    """How hard it is, for a curriculum of levels."""
+    environment: str | None = None
+    """Import path of what answers the model's turns, see ``tasks.Task``."""
+    before_reply: str = ""
+    """Goes between a turn and the environment's reply."""
+    after_reply: str = ""
+    """Goes between the reply and the next turn."""
+
+    def renamed(self, id: str) -> "Prompt":
+        """The same problem under another id."""
+        return replace(self, id=id)
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Completion:
     completion_ids: tuple[int, ...]
     """With the end-of-sequence token, if one was sampled."""
     generator_logprobs: tuple[float, ...]
-    """Of each token, under the distribution it was sampled from (temperature applied)."""
+    """Of each token, under the distribution it was sampled from (temperature applied); 0 where it wasn't sampled."""
     truncated: bool
     """The engine ran into the length limit before an end-of-sequence token."""
 
@@ -44,6 +57,13 @@ class Rollout(Completion):
     """Task reward, 1.0 for a full solution."""
     failed: bool = False
     """The reward function hung, crashed or raised; ``reward`` is then 0."""
+    sampled: tuple[bool, ...] | None = None
+    """Of each token, whether the model sampled it; the others are an environment's. None: all of them."""
+
+    @property
+    def sampled_length(self) -> int:
+        """Tokens that the model sampled: those that are trained."""
+        return len(self.completion_ids) if self.sampled is None else sum(self.sampled)
 
 
 @dataclass(frozen=True)
@@ -96,11 +116,14 @@ class MicroBatch:
     def from_sequences(
         sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
         *,
+        sampled: Sequence[Sequence[bool] | None] | None = None,
         advantages: Sequence[float] | None = None,
         loss_weights: Sequence[float] | None = None,
         generator_logprobs: Sequence[Sequence[float]] | None = None,
     ) -> "MicroBatch":
         """Packs (prompt_ids, completion_ids) pairs; ``advantages`` and ``loss_weights`` are per sequence.
+
+        Completion tokens that weren't ``sampled`` are context like the prompt: they are in the row and not among the N.
 
         No sequences make a row of one token without response tokens, so that a rank with nothing to do can still take
         part in a collective forward pass. Prompts must not be empty.
@@ -109,17 +132,21 @@ class MicroBatch:
         position_ids: list[int] = []
         response_index: list[int] = []
         targets: list[int] = []
+        generated: list[float] = []
         lengths: list[int] = []
-        for prompt_ids, completion_ids in sequences:
+        for i, (prompt_ids, completion_ids) in enumerate(sequences):
             if not prompt_ids:
                 raise ValueError("a prompt needs at least one token: the first response token is predicted from it")
             ids = [*prompt_ids, *completion_ids][:-1] if completion_ids else list(prompt_ids)
             first = len(input_ids) + len(prompt_ids) - 1
+            mask = sampled[i] if sampled else None
+            trained = [t for t in range(len(completion_ids)) if mask is None or mask[t]]
             input_ids += ids
             position_ids += range(len(ids))
-            response_index += range(first, first + len(completion_ids))
-            targets += completion_ids
-            lengths.append(len(completion_ids))
+            response_index += [first + t for t in trained]
+            targets += [completion_ids[t] for t in trained]
+            generated += [generator_logprobs[i][t] if generator_logprobs else 0.0 for t in trained]
+            lengths.append(len(trained))
         repeats = torch.tensor(lengths, dtype=torch.long)
 
         def per_token(values: Sequence[float] | None) -> Tensor:
@@ -127,7 +154,6 @@ class MicroBatch:
             return torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats)
 
         zeros = torch.zeros(len(targets))
-        sampled = [x for row in generator_logprobs or [] for x in row]
         return MicroBatch(
             input_ids=torch.tensor(input_ids or [0]),
             position_ids=torch.tensor(position_ids or [0]),
@@ -136,7 +162,7 @@ class MicroBatch:
             sequence_index=torch.arange(len(lengths)).repeat_interleave(repeats),
             advantages=per_token(advantages),
             loss_weights=per_token(loss_weights),
-            generator_logprobs=torch.tensor(sampled) if sampled else zeros,
+            generator_logprobs=torch.tensor(generated, dtype=torch.float32),
             old_logprobs=zeros,
             ref_logprobs=zeros,
         )

@@ -36,7 +36,7 @@ def tiny_config(model: str, folder: Path, **data) -> dict:
             "".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(first, first + size))
         )
         return {
-            "class_path": "JSONLines",
+            "class_path": "Dataset",
             "init_args": {"path": str(rows), "reward": "tests.parity_reward.reward"},
         }
 
@@ -264,7 +264,7 @@ def test_a_model_without_tokenizer_and_a_row_without_answer_are_refused(finished
     save_tokenizer(tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n" + json.dumps({"question": "1+2"}))
-    task = ["--data.train", "JSONLines", "--data.train.init_args.path", str(rows)]
+    task = ["--data.train", "Dataset", "--data.train.init_args.path", str(rows)]
     check_refused(aspo("fit", "--config", config, *task), "rows.jsonl:2 has no 'answer'")
 
 

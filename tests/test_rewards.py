@@ -22,11 +22,11 @@ def pool():
 
 
 def items(*names, **row):
-    return [RewardItem(f"tests.hostile_rewards.{name}", str(i), row) for i, name in enumerate(names)]
+    return [RewardItem({f"tests.hostile_rewards.{name}": 1.0}, str(i), row) for i, name in enumerate(names)]
 
 
 def test_scores_come_in_the_order_of_the_completions(pool):
-    scores = pool.score([RewardItem("tests.hostile_rewards.number", str(i), {"scale": 2}) for i in range(50)])
+    scores = pool.score([RewardItem({"tests.hostile_rewards.number": 1.0}, str(i), {"scale": 2}) for i in range(50)])
     assert scores == [Score(2.0 * i, False) for i in range(50)]
     assert pool.score([]) == []
 
@@ -71,7 +71,7 @@ def test_closing_leaves_no_process(pool):
 @pytest.mark.parametrize("path", ["tests.no_such_module.reward", "tests.hostile_rewards.no_such_name"])
 def test_a_reward_that_cannot_be_imported_is_an_error(pool, path):
     with pytest.raises(ConfigError, match=path):
-        pool.score([RewardItem(path, "", {})])
+        pool.score([RewardItem({path: 1.0}, "", {})])
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"timeout_s": 0}, {"memory_gib": -1}])

@@ -1,6 +1,5 @@
-"""The phase with a scripted engine: what is sampled, kept, weighed and scored; and the same gradient however split."""
+"""The phase of given groups: what is kept, shaped, weighed, packed and scored."""
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,26 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aspo_lightning.batching import Plan
-from aspo_lightning.engines.base import Generator
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.rewards import RewardPool
 from aspo_lightning.rollouts import (
-    Sampling,
+    Shaping,
     build_phase,
     check_phase,
     correct_mismatch,
-    draw_prompts,
     evaluation_metrics,
     held_out,
     pack,
-    sample_groups,
-    sampling_seed,
+    shaped_reward,
+    trained_sequences,
 )
-from aspo_lightning.types import Completion, MicroBatch, Prompt, Rollout, RolloutGroup
+from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
 
 
 def prompt(i, length=3):
-    return Prompt(f"p{i}", tuple(range(10, 10 + length)), f"text {i}", "tests.hostile_rewards.number", {"scale": 1})
+    return Prompt(
+        f"p{i}", tuple(range(10, 10 + length)), f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}
+    )
 
 
 def group(i, rewards, lengths=None, **kwargs):
@@ -106,67 +104,6 @@ def test_mismatch_correction(correction, expected):
     )
 
 
-class Script(Generator):
-    """Answers request i of prompt p with p's number of tokens; keeps what it was asked."""
-
-    def __init__(self):
-        self.requests = []
-
-    def check(self):
-        pass
-
-    def start(self, model_name_or_path, *, context_length):
-        pass
-
-    def generate(self, requests, *, description):
-        self.requests += requests
-        return [Completion((7,) * len(r.prompt_ids), (-0.5,) * len(r.prompt_ids), truncated=True) for r in requests]
-
-    def sync_weights(self, named_tensors):
-        pass
-
-    def stop(self):
-        pass
-
-
-def test_groups_are_sampled_with_their_own_seeds_and_scored():
-    engine, pool = Script(), RewardPool(workers=1)
-    prompts = [prompt(0, 2), prompt(1, 4)]
-    try:
-        groups, times = sample_groups(
-            engine, pool, lambda ids: str(len(ids)), prompts, Sampling(3, 9, 0.7, 0.9, seed=5), epoch=2
-        )
-    finally:
-        pool.close()
-    assert [g.prompt for g in groups] == prompts
-    assert [[r.reward for r in g.rollouts] for g in groups] == [[2.0] * 3, [4.0] * 3]
-    assert [r.seed for r in engine.requests] == [sampling_seed(5, 2, f"p{p}", s) for p in (0, 1) for s in range(3)]
-    assert {(r.temperature, r.top_p, r.max_tokens) for r in engine.requests} == {(0.7, 0.9, 9)}
-    assert all(r.truncated for g in groups for r in g.rollouts)
-    assert set(times) == {"time/generate_s", "time/reward_s"}
-
-
-def test_seeds_differ_in_each_of_their_four_parts_and_stay_the_same():
-    seeds = {sampling_seed(s, e, p, i) for s in (0, 1) for e in (0, 1, -1) for p in ("a", "b") for i in (0, 1, 2)}
-    assert len(seeds) == 36
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert sampling_seed(0, 3, "chain_sum/1/5", 2) == 4341009945434545905
-
-
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 50))
-def test_epochs_go_through_the_prompts_without_repeats_in_a_pass(size, count, seed):
-    prompts = [prompt(i) for i in range(max(size, count))]
-    phases = len(prompts) // count
-    for number in range(2):
-        drawn = [
-            p.id
-            for epoch in range(phases)
-            for p in draw_prompts(prompts, count=count, epoch=number * phases + epoch, seed=seed)
-        ]
-        assert max(Counter(drawn).values()) == 1
-        assert len(drawn) == phases * count
-
-
 def test_prompts_of_an_evaluation_are_not_trained_on():
     prompts = [prompt(0, 2), prompt(1, 3), prompt(2, 4)]
     assert held_out(prompts, [[prompt(9, 3)], []]) == [prompts[0], prompts[2]]
@@ -190,8 +127,113 @@ def test_a_phase_that_cannot_be_filled_is_refused():
 def test_ranks_share_a_step_and_may_be_empty():
     plan = Plan([[[[0, 2]], [[1]]], [[[3]], [[]]]], accumulate=1)
     groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])]
-    zero = pack(groups, plan, "group_mean", "token_mean", 8, rank=0, world_size=2)
-    one = pack(groups, plan, "group_mean", "token_mean", 8, rank=1, world_size=2)
+    sequences = [s for g in trained_sequences(groups, "group_mean", Shaping(), 8) for s in g]
+    zero = pack(sequences, plan, "token_mean", 8, rank=0, world_size=2)
+    one = pack(sequences, plan, "token_mean", 8, rank=1, world_size=2)
     assert zero[0].loss_weights.tolist() == pytest.approx([2 / 8] * 3)  # 3 tokens here, 5 on the other rank
     assert one[0].loss_weights.tolist() == pytest.approx([2 / 8] * 5)
     assert one[1].targets.numel() == 0
+
+
+def advantages(phase):
+    """By length of the completion."""
+    found = {}
+    for batch in phase:
+        for i, n in enumerate(torch.bincount(batch.sequence_index).tolist()):
+            found[n] = batch.advantages[batch.sequence_index == i].unique().tolist()
+    return found
+
+
+def test_kept_groups_without_spread_count_in_the_denominator_only():
+    groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [1.0, 1.0], [3, 6])]
+    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
+    phase = build_phase(groups, minus_one, **settings, no_spread="keep")
+    weights = [w for b in phase for w in b.loss_weights.tolist()]
+    assert weights == pytest.approx([phase.accumulate / 16] * 16)
+    assert advantages(phase) == {2: [0.5], 5: [-0.5], 3: [0.0], 6: [0.0]}
+    assert phase.metrics["rollout/kept_groups"] == 2
+
+
+def test_what_a_truncated_completion_gets():
+    def truncated(first, rewards, lengths):
+        g = group(first, rewards, lengths)
+        return replace(g, rollouts=(replace(g.rollouts[0], truncated=True), *g.rollouts[1:]))
+
+    groups = [truncated(0, [1.0, 0.0, 0.0], [7, 1, 2]), truncated(1, [1.0, 1.0, 1.0], [8, 3, 4])]
+    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
+
+    def built(rule):
+        return build_phase(groups, minus_one, **settings, shaping=Shaping(truncated=rule))
+
+    # Its score: the first group has spread, the second has none.
+    assert advantages(built("score")) == {
+        7: [pytest.approx(2 / 3)],
+        1: [pytest.approx(-1 / 3)],
+        2: [pytest.approx(-1 / 3)],
+    }
+    # Zero: the first group has none any more, and the second has.
+    assert advantages(built("zero")) == {
+        8: [pytest.approx(-2 / 3)],
+        3: [pytest.approx(1 / 3)],
+        4: [pytest.approx(1 / 3)],
+    }
+    # Masked: in the group's mean and not in the loss, so that the denominator is the 1 + 2 tokens of the others.
+    masked = built("mask")
+    assert advantages(masked) == {1: [pytest.approx(-1 / 3)], 2: [pytest.approx(-1 / 3)]}
+    assert [w for b in masked for w in b.loss_weights.tolist()] == pytest.approx([1 / 3] * 3)
+    for rule in ("score", "zero", "mask"):  # what is logged is what the model did
+        assert built(rule).metrics["rollout/reward"] == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(1, 0), (4, 0), (5, -0.25), (6, -0.5), (7, -0.75), (8, -1), (9, -1)])
+def test_the_overlong_penalty_falls_evenly_over_its_buffer(length, penalty):
+    (rollout,) = group(0, [1.0], [length]).rollouts
+    assert shaped_reward(rollout, Shaping(overlong_buffer=4), 8) == pytest.approx(1 + penalty)
+    assert shaped_reward(rollout, Shaping(overlong_buffer=4, overlong_penalty=0.5), 8) == pytest.approx(1 + penalty / 2)
+    assert shaped_reward(rollout, Shaping(), 8) == 1
+
+
+def test_spread_is_judged_before_shaping():
+    groups = [group(0, [1.0, 1.0], [2, 8]), group(1, [1.0, 0.0], [3, 7])]
+    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
+    phase = build_phase(groups, minus_one, **settings, shaping=Shaping(overlong_buffer=4))
+    assert advantages(phase) == {3: [pytest.approx(0.875)], 7: [pytest.approx(-0.875)]}  # of 1 and 0 - 0.75
+
+
+def test_a_phase_trains_on_no_more_groups_than_it_is_for_and_as_often_as_it_is_told():
+    groups = [
+        group(0, [1.0, 0.0], [1, 2]),
+        group(1, [1.0, 1.0]),
+        group(2, [0.0, 1.0], [3, 4]),
+        group(3, [0.0, 1.0], [5, 6]),
+    ]
+    phase = build_phase(groups, minus_one, **SETTINGS, max_groups=2, passes=3)
+    once = build_phase(groups[:3], minus_one, **SETTINGS)
+    assert len(phase) == 3 * len(once)
+    assert advantages(phase).keys() == {1, 2, 3, 4}
+    for i, batch in enumerate(phase):
+        assert torch.equal(batch.targets, once.micro_batches[i % len(once)].targets)
+
+
+def test_tokens_of_an_environment_are_context_and_have_no_loss_weight():
+    rollout = replace(group(0, [1.0], [6]).rollouts[0], sampled=(True, True, False, False, True, True), truncated=False)
+    other = group(0, [0.0], [3]).rollouts[0]
+    phase = build_phase([RolloutGroup(prompt(0), (rollout, other))], minus_one, **SETTINGS)
+    (batch,) = phase
+    assert batch.input_ids.tolist() == [10, 11, 12, 40, 41, 42, 43, 44, 10, 11, 12, 40, 41]
+    assert batch.targets.tolist() == [40, 41, 44, 45, 40, 41, 42]
+    assert batch.response_index.tolist() == [2, 3, 6, 7, 10, 11, 12]
+    assert batch.generator_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.5, -0.6, -0.1, -0.2, -0.3])
+    assert batch.loss_weights.tolist() == pytest.approx([1 / 7] * 7)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=6))
+def test_only_sampled_tokens_are_targets(masks):
+    sequences = [((1, 2), tuple(range(100 * i, 100 * i + len(m)))) for i, m in enumerate(masks)]
+    batch = MicroBatch.from_sequences(sequences, sampled=masks, loss_weights=[1.0] * len(masks))
+    expected = [t for (_, ids), m in zip(sequences, masks, strict=True) for t, s in zip(ids, m, strict=True) if s]
+    assert batch.targets.tolist() == expected
+    assert batch.loss_weights.sum() == len(expected)
+    following = [batch.input_ids.tolist()[i + 1 :][:1] for i in batch.response_index.tolist()]
+    for target, after in zip(expected, following, strict=True):
+        assert after in ([target], [1], [])  # the row goes on with it, or with the next sequence's prompt

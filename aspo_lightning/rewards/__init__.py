@@ -3,6 +3,6 @@
 1.0 is a full solution. Imports nothing heavy: every worker process imports it.
 """
 
-from aspo_lightning.rewards.pool import RewardItem, RewardPool, Score
+from aspo_lightning.rewards.pool import Call, RewardItem, RewardPool, Score
 
-__all__ = ["RewardItem", "RewardPool", "Score"]
+__all__ = ["Call", "RewardItem", "RewardPool", "Score"]

@@ -1,7 +1,8 @@
-"""A pool of killable processes for reward functions: what hangs, crashes or forks is killed, and the run goes on."""
+"""A pool of killable processes for reward functions and environments: what hangs, crashes or forks is killed, and the run goes on."""
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -20,31 +21,50 @@ from aspo_lightning.errors import ConfigError
 
 # From the start of a process until the reward's module is imported; not part of a reward's own time limit.
 IMPORT_TIMEOUT_S = 120.0
+_LOAD_ONLY = None  # the subject of a call that only imports its function
+
+
+class Call(NamedTuple):
+    """``function(subject, row)``, to be run in the pool."""
+
+    function: str
+    """Its import path."""
+    subject: Any
+    """A completion's text, or what else the function judges."""
+    row: dict[str, Any]
+
+
+class Result(NamedTuple):
+    """What became of a call."""
+
+    value: Any
+    failed: bool
+    """The function hung, crashed or raised; the value is then None."""
 
 
 class RewardItem(NamedTuple):
     """One completion to score."""
 
-    reward: str
-    """Import path of ``reward(completion: str, row: dict) -> float``."""
+    rewards: Mapping[str, float]
+    """Import paths of functions ``reward(completion: str, row: dict) -> float``, and their weights."""
     completion: str
     row: dict[str, Any]
 
 
 class Score(NamedTuple):
-    """What became of it."""
+    """The weighted sum of a completion's rewards."""
 
     reward: float
     failed: bool
-    """The function hung, crashed or raised; the reward is 0."""
+    """One of the functions failed; the reward is 0."""
 
 
 class RewardPool:
-    """Scores completions in ``workers`` processes.
+    """Runs functions that judge completions in ``workers`` processes.
 
     Args:
-        workers: processes, each with one completion at a time.
-        timeout_s: wall-clock limit for one completion.
+        workers: processes, each with one call at a time.
+        timeout_s: wall-clock limit of a call.
         memory_gib: address space of a process.
     """
 
@@ -58,54 +78,78 @@ class RewardPool:
         self._memory_bytes = int(memory_gib * 2**30)
         self._workers: list[_Worker | None] = [None] * workers
 
-    def score(self, items: Sequence[RewardItem]) -> list[Score]:
-        """The scores of the items, in their order.
+    def load(self, functions: Iterable[str]) -> None:
+        """Imports the functions, so that a wrong path is found before a run has done any work.
 
         Raises:
-            ConfigError: if a reward function can't be imported.
+            ConfigError: if one can't be imported, or refuses to work on this machine.
         """
-        scores: list[Score | None] = [None] * len(items)
-        waiting = deque(range(len(items)))
-        running: dict[int, int] = {}  # slot -> item
-        with tqdm(total=len(items), desc="reward", leave=False, disable=None) as bar:
+        for function in functions:
+            self.run([Call(function, _LOAD_ONLY, {})])
+
+    def score(self, items: Sequence[RewardItem]) -> list[Score]:
+        """The scores of the items, in their order."""
+        calls = [Call(function, item.completion, item.row) for item in items for function in item.rewards]
+        results = iter(self.run(calls))
+        scores = []
+        for item in items:
+            values = [_finite(next(results)) for _ in item.rewards]
+            if any(value is None for value in values):
+                scores.append(Score(0.0, failed=True))
+            else:
+                parts = (w * v for w, v in zip(item.rewards.values(), values, strict=True) if v is not None)
+                scores.append(Score(math.fsum(parts), failed=False))
+        return scores
+
+    def run(self, calls: Sequence[Call], description: str = "reward") -> list[Result]:
+        """The results of the calls, in their order.
+
+        Raises:
+            ConfigError: if a function can't be imported.
+        """
+        results: list[Result | None] = [None] * len(calls)
+        waiting = deque(range(len(calls)))
+        running: dict[int, int] = {}  # slot -> call
+        with tqdm(total=len(calls), desc=description, leave=False, disable=None) as bar:
             while waiting or running:
                 for slot in range(len(self._workers)):
                     if waiting and slot not in running:
                         running[slot] = waiting.popleft()
-                        self._worker(slot).send(items[running[slot]])
-                for slot, item in list(running.items()):
-                    if (score := self._result(slot, items[item])) is not None:
-                        scores[item] = score
+                        self._worker(slot).send(calls[running[slot]])
+                for slot, call in list(running.items()):
+                    if (result := self._result(slot, calls[call])) is not None:
+                        results[call] = result
                         del running[slot]
                         bar.update()
                 if running:
                     workers = [self._worker(slot) for slot in running]
                     soonest = min(worker.deadline for worker in workers)
                     wait([worker.connection for worker in workers], max(0.0, soonest - time.monotonic()))
-        return [score for score in scores if score is not None]
+        return [result for result in results if result is not None]
 
-    def _result(self, slot: int, item: RewardItem) -> Score | None:
-        """The slot's score if it is decided by now."""
+    def _result(self, slot: int, call: Call) -> Result | None:
+        """The slot's result if it is decided by now."""
         worker = self._worker(slot)
         try:
             while worker.connection.poll():
-                message = json.loads(worker.connection.recv_bytes(1 << 16))
+                message = json.loads(worker.connection.recv_bytes(1 << 20))
                 if "unusable" in message:
-                    raise ConfigError(f"The reward {item.reward} can't be used: {message['unusable']}.")
+                    raise ConfigError(f"{call.function} can't be used: {message['unusable']}")
                 if "started" in message:
                     worker.deadline = time.monotonic() + self._timeout_s
                 elif "error" in message:
-                    return Score(0.0, failed=True)
+                    return Result(None, failed=True)
                 else:
-                    return Score(float(message["score"]), failed=False)
+                    return Result(message["value"], failed=False)
             if time.monotonic() < worker.deadline:
                 return None
-        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except ConfigError:
+            raise
+        except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError):
+            pass  # what it said makes no sense: as good as crashed
         worker.kill()
         self._workers[slot] = None
-        return Score(0.0, failed=True)
+        return Result(None, failed=True)
 
     def _worker(self, slot: int) -> "_Worker":
         worker = self._workers[slot]
@@ -119,6 +163,11 @@ class RewardPool:
             if worker is not None:
                 worker.kill()
                 self._workers[slot] = None
+
+
+def _finite(result: Result) -> float | None:
+    number = isinstance(result.value, (int, float)) and math.isfinite(result.value)
+    return float(result.value) if number else None
 
 
 class _Worker:
@@ -137,10 +186,10 @@ class _Worker:
         self.connection = Connection(ours.detach())
         self.deadline = 0.0
 
-    def send(self, item: RewardItem) -> None:
+    def send(self, call: Call) -> None:
         self.deadline = time.monotonic() + IMPORT_TIMEOUT_S
         with contextlib.suppress(OSError):  # a dead process shows at the next look
-            self.connection.send_bytes(pickle.dumps(tuple(item)))
+            self.connection.send_bytes(pickle.dumps(tuple(call)))
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The process that runs reward functions: ``python -m aspo_lightning.rewards.worker FD MEMORY_BYTES``.
+"""The process that runs reward functions and environments: ``python -m aspo_lightning.rewards.worker FD MEMORY_BYTES``.
 
 Started by ``pool.py`` in a session of its own, so that it can be killed with all it started. What it is sent is
 pickled (the pool is trusted); what it answers is JSON (it isn't).
@@ -6,7 +6,6 @@ pickled (the pool is trusted); what it answers is JSON (it isn't).
 
 import importlib
 import json
-import math
 import pickle
 import resource
 import sys
@@ -17,8 +16,12 @@ from typing import Any
 
 @cache
 def load(path: str) -> Any:
+    """The function, ready to work: one that needs something of the machine says so by its attribute ``check``."""
     module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(module), name)
+    if check := getattr(function, "check", None):
+        check()
+    return function
 
 
 def main(fd: int, memory_bytes: int) -> None:
@@ -31,23 +34,23 @@ def main(fd: int, memory_bytes: int) -> None:
 
     while True:
         try:
-            path, completion, row = pickle.loads(connection.recv_bytes())
+            path, subject, row = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            reward = load(path)
+            function = load(path)
         except Exception as error:
             answer(unusable=f"{type(error).__name__}: {error}")
             continue
+        if subject is None:  # only the import was asked for
+            answer(value=None)
+            continue
         answer(started=True)  # the clock of the time limit starts here, behind the imports
         try:
-            score = float(reward(completion, row))
-            if not math.isfinite(score):
-                raise ValueError(f"the reward is {score}")
+            value = function(subject, row)
+            answer(value=value.item() if hasattr(value, "item") else value)
         except (Exception, SystemExit) as error:
             answer(error=f"{type(error).__name__}: {error}"[:500])
-        else:
-            answer(score=score)
 
 
 if __name__ == "__main__":

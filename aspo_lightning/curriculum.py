@@ -1,0 +1,124 @@
+"""Which prompts a phase samples. Draws are functions of (seed, epoch) and of state that checkpoints keep."""
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.metrics import accuracy
+from aspo_lightning.types import Prompt, RolloutGroup
+
+
+class Curriculum(ABC):
+    """Draws the prompts of each phase, and may learn from what became of them."""
+
+    @abstractmethod
+    def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
+        """``count`` different prompts for an epoch; fewer where there are no more."""
+
+    def draw_more(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int, attempt: int) -> list[Prompt]:
+        """Further ones for the same epoch, to refill it, out of ``prompts`` that were not drawn so far."""
+        return random.Random(f"{seed}/{epoch}/{attempt}").sample(list(prompts), min(count, len(prompts)))
+
+    def update(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Takes note of a sampled phase. Returns what to log of it, by TensorBoard tag."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
+        """Goes on from what ``state_dict`` gave."""
+
+
+class Shuffled(Curriculum):
+    """All prompts in turn, in a new order each pass."""
+
+    def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
+        per_pass = max(1, len(prompts) // count)  # whole phases; the rest of a pass has its turn in another order
+        number, position = divmod(epoch, per_pass)
+        order = list(range(len(prompts)))
+        random.Random(f"{seed}/{number}").shuffle(order)
+        return [prompts[i] for i in order[position * count : (position + 1) * count]]
+
+
+class PassRate(Curriculum):
+    """Favours prompts that the policy solves about half of the time: those teach most.
+
+    A prompt's chance grows with p (1 - p) of its running pass rate p; one not seen so far counts as p = 1/2.
+
+    Args:
+        smoothing: share of the newest pass rate in the running one.
+        floor: chance of a prompt that is always or never solved, relative to one at p = 1/2; keeps all in play.
+    """
+
+    def __init__(self, smoothing: float = 0.5, floor: float = 0.1) -> None:
+        for name, value in (("smoothing", smoothing), ("floor", floor)):
+            if not 0 < value <= 1:
+                raise ConfigError(f"PassRate.{name} is {value}; allowed are numbers above 0, up to 1.")
+        self.smoothing, self.floor = smoothing, floor
+        self.rates: dict[str, float] = {}
+
+    def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
+        generator = random.Random(f"{seed}/{epoch}")
+
+        def key(prompt: Prompt) -> float:
+            # The largest of u^(1/w) are a sample without replacement, weighted by w (Efraimidis and Spirakis, 2006).
+            rate = self.rates.get(prompt.id, 0.5)
+            weight = self.floor + (1 - self.floor) * 4 * rate * (1 - rate)
+            return math.log(1 - generator.random()) / weight
+
+        keys = [key(p) for p in prompts]
+        best = sorted(range(len(prompts)), key=lambda i: -keys[i])[:count]
+        return [prompts[i] for i in best]
+
+    def update(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        for group in groups:
+            before = self.rates.get(group.prompt.id)
+            now = accuracy([group])
+            self.rates[group.prompt.id] = now if before is None else before + self.smoothing * (now - before)
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rates": dict(self.rates)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rates = dict(state["rates"])
+
+
+class RisingLevels(Curriculum):
+    """Starts with the prompts of the lowest level, and goes to the next one as soon as a phase is solved well enough.
+
+    Args:
+        threshold: accuracy of a phase that ends its level.
+    """
+
+    def __init__(self, threshold: float = 0.7) -> None:
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"RisingLevels.threshold is {threshold}; allowed are numbers above 0, up to 1.")
+        self.threshold = threshold
+        self.level = 0  # index into the sorted levels
+
+    def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
+        levels = sorted({p.level for p in prompts})
+        self.level = min(self.level, len(levels) - 1)
+        return Shuffled().draw([p for p in prompts if p.level == levels[self.level]], count, epoch=epoch, seed=seed)
+
+    def draw_more(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int, attempt: int) -> list[Prompt]:
+        levels = sorted({p.level for p in prompts})
+        same = [p for p in prompts if p.level == levels[min(self.level, len(levels) - 1)]]
+        return super().draw_more(same, count, epoch=epoch, seed=seed, attempt=attempt)
+
+    def update(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        level = self.level
+        if accuracy(groups) >= self.threshold:
+            self.level += 1
+        return {"rollout/level": float(level)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.level = int(state["level"])

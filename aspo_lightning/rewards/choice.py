@@ -1,0 +1,28 @@
+"""The letter of an option (scientific multiple choice)."""
+
+import re
+from typing import Any
+
+from aspo_lightning.rewards.math import last_boxed
+
+# "the answer is (B)", "Answer: B", "**Answer: B**"
+_STATED = re.compile(r"answer(?:\s+is)?\s*:?\s*[*_$]*\(?\s*([A-Z])\b", re.IGNORECASE)
+_ALONE = re.compile(r"\W*([A-Z])\W*")
+_LABELLED = re.compile(r"\W*(?:\\text\w*\{\s*)?\(?([A-Z])\b(?:[).:\s}].*|$)", re.DOTALL)
+
+
+def reward(completion: str, row: dict[str, Any]) -> float:
+    """1.0 if the completion chooses the letter ``row["answer"]``, else 0.0. Parsing is that of ``chosen_letter``."""
+    return float(chosen_letter(completion) == str(row["answer"]).strip().upper())
+
+
+def chosen_letter(completion: str) -> str | None:
+    """The letter in the last box behind the thinking part; else of the last "answer is X"; else one standing alone."""
+    text = completion.rpartition("</think>")[2]
+    if (boxed := last_boxed(text)) is not None:
+        match = _LABELLED.match(boxed.upper())
+        return match[1] if match else None
+    if stated := _STATED.findall(text):
+        return str(stated[-1]).upper()
+    match = _ALONE.fullmatch(text)
+    return match[1] if match else None

@@ -1,0 +1,204 @@
+"""Python programs, by tests: from standard input to standard output, by calls of a function, or by a test function.
+
+The model's code runs in a process of its own in a sandbox; what is expected is compared outside of it, so that code can
+only pass by answering right.
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from aspo_lightning.rewards.runner import decode, encode
+from aspo_lightning.rewards.sandbox import Failed, Limits, Process, check_isolation, run_script
+
+_FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+
+class StdinTest(NamedTuple):
+    """A program reads ``input`` and has to print ``output``."""
+
+    input: str
+    output: str
+
+
+class CallTest(NamedTuple):
+    """``function(*args)`` has to return one of ``accepted``."""
+
+    function: str
+    args: list[Any]
+    accepted: tuple[Any, ...]
+
+
+class CheckTest(NamedTuple):
+    """``program`` defines check(candidate), in which ``candidate`` is the function (HumanEval)."""
+
+    program: str
+    function: str
+    prompt: str
+    """What a completion without a definition of the function goes on from."""
+
+
+Test = StdinTest | CallTest | CheckTest
+
+
+def reward(completion: str, row: dict[str, Any]) -> float:
+    """1.0 if the last code block of the completion passes all tests, else 0.0.
+
+    Args:
+        completion: the model's text. Without a fenced block, all of it behind the thinking part is taken as code.
+        row: ``answer`` holds the tests in any format that ``parse_tests`` reads. ``time_limit`` (seconds for one test)
+            is optional.
+    """
+    return _reward(completion, row, isolated=True)
+
+
+reward.check = check_isolation  # type: ignore[attr-defined]
+
+
+def reward_without_isolation(completion: str, row: dict[str, Any]) -> float:
+    """As ``reward``, by limits alone: the code can read, write and connect as this user. Not for untrusted models."""
+    return _reward(completion, row, isolated=False)
+
+
+def _reward(completion: str, row: dict[str, Any], isolated: bool) -> float:
+    tests = list(parse_tests(row["answer"]))
+    if not tests:
+        raise ValueError("the row has no tests")
+    limits = Limits(seconds=float(row.get("time_limit") or Limits().seconds))
+    code = extract_code(completion)
+    calls = [t for t in tests if isinstance(t, CallTest)]
+    try:
+        for test in tests:
+            if isinstance(test, StdinTest):
+                if not same_output(run_script(code, test.input.encode(), limits, isolated=isolated), test.output):
+                    return 0.0
+            elif isinstance(test, CheckTest):
+                run_check(code, test, limits, isolated)
+        if calls and not passes_calls(code, calls, limits, isolated):
+            return 0.0
+    except Failed:
+        return 0.0
+    return 1.0
+
+
+def extract_code(completion: str) -> str:
+    """The last fenced block behind the thinking part; without one, all that is there."""
+    text = completion.rpartition("</think>")[2]
+    blocks = _FENCE.findall(text)
+    return blocks[-1] if blocks else text
+
+
+def parse_tests(source: Any) -> Iterator[Test]:
+    """Reads the formats in use, as objects or as the JSON text of one.
+
+    - {"input": text, "output": text}: DeepCoder, LiveCodeBench, CodeForces; with ``testtype`` functional and
+      ``metadata.func_name``, or ``type`` function_call and ``fn_name``, a function's arguments and result.
+    - {"input": [...], "output": [...]} and {"inputs": [...], "outputs": [...], "fn_name": ...}: CodeContests, TACO.
+    - {"test": program, "entry_point": name, "prompt": ...}: HumanEval.
+    - a list of any of these.
+    """
+    if isinstance(source, str):
+        source = json.loads(source)
+    if isinstance(source, (list, tuple)):
+        for item in source:
+            yield from parse_tests(item)
+        return
+    if not isinstance(source, Mapping):
+        raise ValueError(f"a test is an object, not {type(source).__name__}")
+    if "test" in source:
+        # Some tests call helper functions of the prompt, and some the function by its own name.
+        name = source["entry_point"]
+        yield CheckTest(
+            f"{source.get('prompt', '')}\n{name} = candidate\n{source['test']}", name, source.get("prompt", "")
+        )
+        return
+    inputs, outputs = (source.get(f"{key}s", source.get(key)) for key in ("input", "output"))
+    metadata = source.get("metadata") or {}
+    if isinstance(metadata, str):
+        metadata = json.loads(metadata)
+    function = source.get("fn_name") or metadata.get("func_name")
+    if "inputs" not in source and (function or isinstance(inputs, str)):
+        inputs, outputs = [inputs], [outputs]
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
+        raise ValueError("a test needs as many inputs as outputs")
+    for given, expected in zip(inputs, outputs, strict=True):
+        if not function:
+            yield StdinTest(_text(given), _text(expected))
+        elif isinstance(given, str):  # LiveCodeBench: an argument a line
+            args = [json.loads(line) for line in given.splitlines() if line]
+            yield CallTest(function, args, (json.loads(expected),))
+        else:
+            # Some rows of TACO and PRIME wrap the result in a list of one, and others don't.
+            wrapped = isinstance(expected, list) and len(expected) == 1
+            yield CallTest(function, list(given), (expected, expected[0]) if wrapped else (expected,))
+
+
+def _text(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def passes_calls(code: str, tests: list[CallTest], limits: Limits, isolated: bool) -> bool:
+    """Whether each call returns what it should; all in one process, which has ``limits`` for each of them."""
+    allowed = limits._replace(seconds=limits.seconds * len(tests))
+    with Process("call", code, allowed, subprocess.PIPE, isolated) as process:
+        for test in tests:
+            process.send([test.function, encode(test.args)])
+            value = _decoded(process.receive())
+            if not any(same_value(value, accepted) for accepted in test.accepted):
+                return False
+    return True
+
+
+def run_check(code: str, test: CheckTest, limits: Limits, isolated: bool) -> None:
+    """Runs a test function in one process against the model's code in another. Raises Failed unless it passes."""
+    if f"def {test.function}" not in code:
+        code = test.prompt + code
+    with (
+        Process("check", test.program, limits, subprocess.PIPE, isolated) as checker,
+        Process("call", code, limits, subprocess.PIPE, isolated) as solution,
+    ):
+        while (message := checker.receive()) != {"passed": True}:
+            solution.send([test.function, message["call"]])
+            answer = solution.receive()
+            _decoded(answer)  # nothing but plain data goes to the test
+            checker.send(answer)
+
+
+def _decoded(message: Any) -> Any:
+    try:
+        return decode(message)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Failed("not an answer") from error
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Line by line and word by word; a number with a fraction may differ by 1e-6 (relative, or absolute below 1)."""
+    left, right = ([line.split() for line in text.strip().splitlines()] for text in (printed, expected))
+    left, right = ([words for words in lines if words] for lines in (left, right))
+    return len(left) == len(right) and all(
+        len(a) == len(b) and all(map(_same_word, a, b)) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _same_word(word: str, expected: str) -> bool:
+    if word == expected:
+        return True
+    try:
+        return not expected.lstrip("+-").isdigit() and _close(float(word), float(expected))
+    except ValueError:
+        return False
+
+
+def same_value(value: Any, expected: Any) -> bool:
+    """Equal, where a tuple is as good as a list and floats may differ by 1e-6."""
+    if isinstance(value, (list, tuple)) and isinstance(expected, (list, tuple)):
+        return len(value) == len(expected) and all(map(same_value, value, expected))
+    if isinstance(value, float) and isinstance(expected, (int, float)) and not isinstance(expected, bool):
+        return _close(value, expected)
+    return type(value) is type(expected) and value == expected
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * max(1.0, abs(b))

@@ -1,0 +1,119 @@
+"""Runs inside the sandbox, by ``python -c``: sets the limits, then runs the code of a job. Standard library only.
+
+Never imported for what it does; ``sandbox.py`` sends its source. Expected answers never come in here together with
+the model's code.
+"""
+
+import json
+import os
+import resource
+import sys
+
+PRELUDE = """
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from typing import *
+"""
+
+
+def encode(value):
+    """Plain data as JSON that keeps tuples, sets and dicts with any keys apart."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        kind = {list: "list", tuple: "tuple"}.get(type(value), "set")
+        if isinstance(value, (list, tuple)) and type(value) not in (list, tuple):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [encode(v) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
+    raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def decode(message):
+    if not isinstance(message, dict):
+        return message
+    ((kind, items),) = message.items()
+    if kind == "dict":
+        return {decode(k): decode(v) for k, v in items}
+    return {"list": list, "tuple": tuple, "set": set}[kind](decode(v) for v in items)
+
+
+def set_limits(seconds, memory_mib):
+    def limit(which, value):
+        resource.setrlimit(which, (value, value))
+
+    limit(resource.RLIMIT_AS, memory_mib << 20)
+    limit(resource.RLIMIT_CPU, int(seconds) + 1)
+    limit(resource.RLIMIT_FSIZE, memory_mib << 16)
+    limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_CORE, 0)
+
+
+def line_channel():
+    """Functions to receive and send a line of JSON; the code's own input and output are empty from here on."""
+    source = os.fdopen(os.dup(0), "rb")
+    target = os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+
+    def receive():
+        line = source.readline()
+        if not line:
+            os._exit(0)
+        return json.loads(line)
+
+    def send(message):
+        target.write(json.dumps(message).encode() + b"\n")
+        target.flush()
+
+    return receive, send
+
+
+def script(code):
+    sys.setrecursionlimit(200_000)
+    exec(compile(code, "solution.py", "exec"), {"__name__": "__main__"})
+
+
+def call(code):
+    """Answers calls of functions that the code defines, plain or in a class Solution."""
+    receive, send = line_channel()
+    sys.setrecursionlimit(200_000)
+    namespace = {"__name__": "solution"}
+    exec(PRELUDE, namespace)
+    exec(compile(code, "solution.py", "exec"), namespace)
+    while True:
+        name, args = receive()
+        function = getattr(namespace["Solution"](), name) if "Solution" in namespace else namespace[name]
+        send(encode(function(*decode(args))))
+
+
+def check(code):
+    """Runs a test that defines check(candidate); calls of the candidate go to the other process."""
+    receive, send = line_channel()
+
+    def candidate(*args):
+        send({"call": encode(args)})
+        return decode(receive())
+
+    namespace = {"__name__": "test", "candidate": candidate}
+    exec(compile(code, "test.py", "exec"), namespace)
+    namespace["check"](candidate)
+    send({"passed": True})
+
+
+def main(fd):
+    with os.fdopen(fd, "rb") as file:
+        job = json.load(file)
+    set_limits(job["seconds"], job["memory_mib"])
+    {"script": script, "call": call, "check": check}[job["mode"]](job["code"])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,188 @@
+"""Sampling: prompts -> completions -> rewards, by turns where an environment answers. Every rank samples its share."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from aspo_lightning.advantages import SPREAD_TOLERANCE
+from aspo_lightning.engines.base import Generator, SamplingRequest
+from aspo_lightning.rewards import Call, RewardItem, RewardPool
+from aspo_lightning.types import Prompt, Rollout, RolloutGroup
+
+
+class Sampling(NamedTuple):
+    """How completions are drawn."""
+
+    group_size: int
+    max_tokens: int
+    """Of a completion; of all its turns and their replies together."""
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int = 0) -> int:
+    """f(run seed, epoch, prompt, sample): siblings differ, and a resumed run draws the same again. 0 to 2^63 - 1."""
+    key = f"{seed}/{epoch}/{prompt_id}/{sample}" + (f"/{turn}" if turn else "")
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass
+class _Episode:
+    """A completion in the making."""
+
+    prompt: Prompt
+    sample: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    truncated: bool = False
+    failed: bool = False
+    ended: bool = False
+
+
+def sample_groups(
+    engine: Generator,
+    pool: RewardPool,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    description: str = "generate",
+) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """Samples and scores a group for each prompt: each rank its share, the result gathered on all.
+
+    Returns:
+        The groups in the order of the prompts, and the seconds of generation and reward (of the slowest rank).
+    """
+    share = prompts[rank::world_size]
+    start = time.perf_counter()
+    episodes = [_Episode(prompt, sample) for prompt in share for sample in range(sampling.group_size)]
+    turn = 0
+    while active := [e for e in episodes if not e.ended]:
+        _sample_turn(engine, tokenizer, active, sampling, epoch, turn, description)
+        _answer(pool, tokenizer, [e for e in active if not e.ended], sampling.max_tokens)
+        turn += 1
+    generated = time.perf_counter()
+    # What is judged is the last turn: an environment's replies may hold answers.
+    scores = pool.score([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in episodes])
+    rollouts = [
+        Rollout(
+            tuple(e.ids),
+            tuple(e.logprobs),
+            e.truncated,
+            _decode(tokenizer, e.ids),
+            0.0 if e.failed else score.reward,
+            e.failed or score.failed,
+            None if all(e.sampled) else tuple(e.sampled),
+        )
+        for e, score in zip(episodes, scores, strict=True)
+    ]
+    groups = [
+        RolloutGroup(prompt, tuple(rollouts[i * sampling.group_size : (i + 1) * sampling.group_size]))
+        for i, prompt in enumerate(share)
+    ]
+    times = {"time/generate_s": generated - start, "time/reward_s": time.perf_counter() - generated}
+    if world_size > 1:
+        shares: list[Any] = [None] * world_size
+        dist.all_gather_object(shares, (groups, times))
+        groups = [shares[i % world_size][0][i // world_size] for i in range(len(prompts))]
+        times = {key: max(t[key] for _, t in shares) for key in times}
+    return groups, times
+
+
+def _sample_turn(
+    engine: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    episodes: Sequence[_Episode],
+    sampling: Sampling,
+    epoch: int,
+    turn: int,
+    description: str,
+) -> None:
+    """Adds a turn of the model to each episode; ends those that nothing can follow."""
+    requests = [
+        SamplingRequest(
+            (*e.prompt.prompt_ids, *e.ids),
+            sampling.max_tokens - len(e.ids),
+            sampling_seed(sampling.seed, epoch, e.prompt.id, e.sample, turn),
+            sampling.temperature,
+            sampling.top_p,
+        )
+        for e in episodes
+    ]
+    for episode, completion in zip(episodes, engine.generate(requests, description=description), strict=True):
+        episode.ids += completion.completion_ids
+        episode.logprobs += completion.generator_logprobs
+        episode.sampled += [True] * len(completion.completion_ids)
+        episode.turns.append(_decode(tokenizer, completion.completion_ids))
+        episode.truncated = completion.truncated
+        episode.ended = completion.truncated or episode.prompt.environment is None
+
+
+def _answer(
+    pool: RewardPool, tokenizer: PreTrainedTokenizerBase, episodes: Sequence[_Episode], max_tokens: int
+) -> None:
+    """Adds the environment's reply to each episode, or ends it."""
+    calls = [Call(e.prompt.environment, list(e.turns), e.prompt.row) for e in episodes if e.prompt.environment]
+    for episode, (reply, failed) in zip(episodes, pool.run(calls, "environment"), strict=True):
+        if failed or not isinstance(reply, str):
+            episode.failed = failed or reply is not None
+            episode.ended = True
+            continue
+        text = episode.prompt.before_reply + reply + episode.prompt.after_reply
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(episode.ids) + len(ids) >= max_tokens:  # no room for another turn
+            episode.truncated = episode.ended = True
+            continue
+        episode.ids += ids
+        episode.logprobs += [0.0] * len(ids)
+        episode.sampled += [False] * len(ids)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def sample_phase(
+    draw: Callable[[int, int, Sequence[RolloutGroup]], list[Prompt]],
+    sample: Callable[[Sequence[Prompt]], tuple[list[RolloutGroup], dict[str, float]]],
+    count: int,
+    *,
+    max_refills: int = 0,
+) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """Samples ``count`` groups, and more of them while fewer than ``count`` have reward spread (DAPO).
+
+    Args:
+        draw: (attempt, prompts wanted, groups so far) -> prompts; fewer where there are no more.
+        sample: prompts -> (groups, seconds by part).
+        max_refills: how many more times to sample.
+
+    Returns:
+        All groups, in the order sampled, and the seconds of all rounds together.
+    """
+    groups: list[RolloutGroup] = []
+    times: dict[str, float] = {}
+    for attempt in range(max_refills + 1):
+        missing = count - sum(map(group_has_spread, groups))
+        if missing <= 0 or not (prompts := draw(attempt, missing, groups)):
+            break
+        more, seconds = sample(prompts)
+        groups += more
+        times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
+    return groups, times
+
+
+def group_has_spread(group: RolloutGroup) -> bool:
+    """Whether its completions differ in task reward, before any shaping. Without that it tells nothing."""
+    rewards = [r.reward for r in group.rollouts]
+    return max(rewards) - min(rewards) > SPREAD_TOLERANCE

@@ -1,0 +1,102 @@
+"""Curricula: what they draw and what they learn; draws come from (seed, epoch) and state alone."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aspo_lightning.curriculum import PassRate, RisingLevels, Shuffled
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.types import Prompt, Rollout, RolloutGroup
+
+
+def prompt(i, level=0):
+    return Prompt(f"p{i}", (1,), "", {}, {}, level=level)
+
+
+def group(prompt, *rewards):
+    return RolloutGroup(prompt, tuple(Rollout((1,), (0.0,), False, "", r) for r in rewards))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 50))
+def test_shuffled_goes_through_all_prompts_without_repeats_in_a_pass(size, count, seed):
+    prompts = [prompt(i) for i in range(max(size, count))]
+    phases = len(prompts) // count
+    for number in range(2):
+        epochs = range(number * phases, (number + 1) * phases)
+        drawn = [p.id for epoch in epochs for p in Shuffled().draw(prompts, count, epoch=epoch, seed=seed)]
+        assert max(Counter(drawn).values()) == 1
+        assert len(drawn) == phases * count
+
+
+@pytest.mark.parametrize("curriculum", [Shuffled(), PassRate(), RisingLevels()], ids=lambda c: type(c).__name__)
+def test_draws_depend_on_seed_and_epoch_alone(curriculum):
+    prompts = [prompt(i) for i in range(100)]
+
+    def ids(epoch, seed):
+        return [p.id for p in curriculum.draw(prompts, 10, epoch=epoch, seed=seed)]
+
+    assert ids(3, 1) == ids(3, 1)
+    assert len({tuple(ids(e, s)) for e in (0, 1) for s in (0, 1)}) == 4
+    more = [p.id for p in curriculum.draw_more(prompts[:7], 10, epoch=0, seed=0, attempt=1)]
+    assert sorted(more) == [f"p{i}" for i in range(7)]
+
+
+def test_pass_rates_are_running_means_of_solved_completions():
+    curriculum = PassRate(smoothing=0.25)
+    curriculum.update([group(prompt(0), 1.0, 0.0, 0.5, 1.0)])
+    assert curriculum.rates == {"p0": 0.5}
+    curriculum.update([group(prompt(0), 1.0, 1.0), group(prompt(1), 0.0, 0.0)])
+    assert curriculum.rates == {"p0": 0.5 + 0.25 * 0.5, "p1": 0.0}
+    other = PassRate(smoothing=0.25)
+    other.load_state_dict(curriculum.state_dict())
+    assert other.rates == curriculum.rates
+
+
+def test_pass_rate_draws_by_p_times_one_minus_p():
+    curriculum = PassRate(floor=0.2)
+    rates = {"p0": 0.0, "p1": 0.25, "p2": 0.5, "p3": 1.0}  # p4 is new
+    curriculum.load_state_dict({"rates": rates})
+    prompts = [prompt(i) for i in range(5)]
+    draws = Counter(curriculum.draw(prompts, 1, epoch=e, seed=0)[0].id for e in range(20_000))
+    weights = {"p0": 0.2, "p1": 0.2 + 0.8 * 0.75, "p2": 1.0, "p3": 0.2, "p4": 1.0}
+    for id, weight in weights.items():
+        expected = weight / sum(weights.values())
+        assert draws[id] / 20_000 == pytest.approx(expected, abs=4 * (expected / 20_000) ** 0.5)
+    assert len({p.id for p in curriculum.draw(prompts, 5, epoch=0, seed=0)}) == 5
+
+
+def test_levels_rise_when_a_phase_is_solved_and_stop_at_the_last():
+    curriculum = RisingLevels(threshold=0.75)
+    prompts = [prompt(i, level) for level in (0, 2, 5) for i in range(10 * level, 10 * level + 10)]
+
+    def level():
+        (found,) = {p.level for p in curriculum.draw(prompts, 4, epoch=1, seed=0)}
+        return found
+
+    assert level() == 0
+    assert curriculum.update([group(prompts[0], 1.0, 1.0), group(prompts[1], 0.0, 0.0)]) == {"rollout/level": 0.0}
+    assert level() == 0
+    assert curriculum.update([group(prompts[0], 1.0, 1.0), group(prompts[1], 1.0, 0.0)]) == {"rollout/level": 0.0}
+    assert level() == 2
+    assert {p.level for p in curriculum.draw_more(prompts, 9, epoch=1, seed=0, attempt=1)} == {2}
+    other = RisingLevels(threshold=0.75)
+    other.load_state_dict(curriculum.state_dict())
+    assert {p.level for p in other.draw(prompts, 4, epoch=1, seed=0)} == {2}
+    for _ in range(3):
+        curriculum.update([group(prompts[0], 1.0)])
+    assert level() == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PassRate(smoothing=0), "PassRate.smoothing is 0"),
+        (lambda: PassRate(floor=2), "PassRate.floor is 2"),
+        (lambda: RisingLevels(threshold=0), "RisingLevels.threshold is 0"),
+    ],
+)
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -1,0 +1,173 @@
+"""Sampling with a scripted engine and real reward processes: requests, seeds, turns, refills."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from aspo_lightning.engines.base import Generator
+from aspo_lightning.rewards import RewardPool
+from aspo_lightning.sampling import Sampling, group_has_spread, sample_groups, sample_phase, sampling_seed
+from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
+
+
+def prompt(i, length=3, **kwargs):
+    ids = tuple(range(10, 10 + length))
+    return Prompt(f"p{i}", ids, f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}, **kwargs)
+
+
+class Script(Generator):
+    """Answers a request with as many sevens as its prompt has tokens; keeps what it was asked."""
+
+    def __init__(self, answers=None):
+        self.requests = []
+        self.answers = answers
+
+    def check(self):
+        pass
+
+    def start(self, model_name_or_path, *, context_length):
+        pass
+
+    def generate(self, requests, *, description):
+        self.requests += requests
+        if self.answers is None:
+            return [Completion((7,) * len(r.prompt_ids), (-0.5,) * len(r.prompt_ids), truncated=True) for r in requests]
+        return [self.answers.pop(0) for _ in requests]
+
+    def sync_weights(self, named_tensors):
+        pass
+
+    def stop(self):
+        pass
+
+
+class Characters:
+    """A tokenizer of characters."""
+
+    eos_token = None
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(map(chr, ids))
+
+    def __call__(self, text, add_special_tokens):
+        return SimpleNamespace(input_ids=[ord(c) for c in text])
+
+
+class Counting(Characters):
+    def decode(self, ids, skip_special_tokens):
+        return str(len(ids))
+
+
+@pytest.fixture
+def pool():
+    pool = RewardPool(workers=1)
+    yield pool
+    pool.close()
+
+
+def test_groups_are_sampled_with_their_own_seeds_and_scored(pool):
+    engine, prompts = Script(), [prompt(0, 2), prompt(1, 4)]
+    groups, times = sample_groups(engine, pool, Counting(), prompts, Sampling(3, 9, 0.7, 0.9, seed=5), epoch=2)
+    assert [g.prompt for g in groups] == prompts
+    assert [[r.reward for r in g.rollouts] for g in groups] == [[2.0] * 3, [4.0] * 3]
+    assert [r.seed for r in engine.requests] == [sampling_seed(5, 2, f"p{p}", s) for p in (0, 1) for s in range(3)]
+    assert {(r.temperature, r.top_p, r.max_tokens) for r in engine.requests} == {(0.7, 0.9, 9)}
+    assert all(r.truncated and r.sampled is None for g in groups for r in g.rollouts)
+    assert set(times) == {"time/generate_s", "time/reward_s"}
+
+
+def test_seeds_differ_in_each_of_their_parts_and_stay_the_same():
+    seeds = {
+        sampling_seed(s, e, p, i, t)
+        for s in (0, 1)
+        for e in (0, 1, -1)
+        for p in ("a", "b")
+        for i in (0, 1, 2)
+        for t in (0, 1)
+    }
+    assert len(seeds) == 72
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sampling_seed(0, 3, "chain_sum/1/5", 2) == 4341009945434545905
+
+
+def said(text, truncated=False):
+    ids = tuple(map(ord, text))
+    return Completion(ids, tuple(-float(i + 1) for i in range(len(ids))), truncated)
+
+
+def play(pool, answers, max_tokens=50, environment="tests.guessing.environment"):
+    """One completion of an episode in which the environment says "low" or "high" to guesses of 7."""
+    game = Prompt(
+        "p0", (65,), "A", {"tests.guessing.reward": 1.0}, {"secret": 7}, environment=environment, after_reply=": "
+    )
+    engine = Script([said(a) if isinstance(a, str) else a for a in answers])
+    (group,), _ = sample_groups(engine, pool, Characters(), [game], Sampling(1, max_tokens, 1.0, 1.0, seed=0), epoch=0)
+    return engine, group.rollouts[0]
+
+
+def test_an_environment_answers_until_it_is_content(pool):
+    engine, rollout = play(pool, ["5", "9", "7"])
+    assert rollout.text == "5low: 9high: 7"
+    mask = "".join("x" if s else "." for s in rollout.sampled)
+    assert mask == "x.....x......x"
+    assert [p for p, s in zip(rollout.generator_logprobs, rollout.sampled, strict=True) if s] == [-1.0] * 3
+    assert {p for p, s in zip(rollout.generator_logprobs, rollout.sampled, strict=True) if not s} == {0.0}
+    assert rollout.sampled_length == 3
+    assert (rollout.reward, rollout.failed, rollout.truncated) == (1.0, False, False)
+    # Each turn goes on from all before it, with what is left of the limit and a seed of its own.
+    assert ["".join(map(chr, r.prompt_ids)) for r in engine.requests] == ["A", "A5low: ", "A5low: 9high: "]
+    assert [r.max_tokens for r in engine.requests] == [50, 44, 37]
+    assert len({r.seed for r in engine.requests}) == 3
+
+
+def test_an_episode_ends_when_a_turn_is_cut_off_or_no_reply_fits(pool):
+    _, cut = play(pool, ["5", said("9", truncated=True)])
+    assert (cut.text, cut.truncated, cut.reward) == ("5low: 9", True, 0.0)
+    _, full = play(pool, ["5"], max_tokens=6)
+    assert (full.text, full.truncated, full.sampled) == ("5", True, None)
+
+
+def test_an_environment_that_fails_ends_the_episode_without_reward(pool):
+    _, rollout = play(pool, ["7"], environment="tests.hostile_rewards.fail")
+    assert (rollout.text, rollout.reward, rollout.failed) == ("7", 0.0, True)
+    _, rollout = play(pool, ["7"], environment="tests.guessing.says_a_number")
+    assert (rollout.text, rollout.reward, rollout.failed) == ("7", 0.0, True)
+
+
+def groups_of(*spreads):
+    def rollouts(spread):
+        return tuple(Rollout((1,), (0.0,), False, "", reward) for reward in ((0.0, 1.0) if spread else (1.0, 1.0)))
+
+    return [RolloutGroup(prompt(i), rollouts(spread)) for i, spread in enumerate(spreads)]
+
+
+def test_spread_is_more_than_rounding():
+    sums = tuple(Rollout((1,), (0.0,), False, "", reward) for reward in (0.1 + 0.2, 0.3))
+    assert not group_has_spread(RolloutGroup(prompt(0), sums))
+    assert [group_has_spread(g) for g in groups_of(True, False)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "max_refills", "asked", "kept"),
+    [
+        ([[1, 0, 1, 0]], 0, [4], 2),
+        ([[1, 0, 1, 0], [1, 0], [1]], 5, [4, 2, 1], 4),
+        ([[1, 0, 1, 0], [0, 0], [0, 0]], 2, [4, 2, 2], 2),  # the bound
+        ([[1, 0, 1, 0], [1], []], 5, [4, 2, 1], 3),  # no prompts left
+        ([[1, 1, 1, 1]], 5, [4], 4),
+    ],
+)
+def test_a_phase_is_refilled_up_to_its_bound(rounds, max_refills, asked, kept):
+    left, requests = list(rounds), []
+
+    def draw(attempt, missing, so_far):
+        assert attempt == len(requests)
+        requests.append(missing)
+        return left.pop(0)
+
+    groups, times = sample_phase(
+        draw, lambda prompts: (groups_of(*prompts), {"time/x_s": 1.5}), 4, max_refills=max_refills
+    )
+    assert requests == asked
+    assert sum(map(group_has_spread, groups)) == kept
+    assert times == {"time/x_s": 1.5 * sum(1 for r in rounds if r)}
