@@ -46,7 +46,7 @@ class Task(ABC):
         self.environment = environment
         self.system_prompt = system_prompt
         self.chat = chat
-        self.template_options = {} if thinking is None else {"enable_thinking": thinking}
+        self.template_options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:

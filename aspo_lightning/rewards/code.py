@@ -109,10 +109,8 @@ def parse_tests(source: Any) -> Iterator[Test]:
         raise ValueError(f"a test is an object, not {type(source).__name__}")
     if "test" in source:
         # Some tests call helper functions of the prompt, and some the function by its own name.
-        name = source["entry_point"]
-        yield CheckTest(
-            f"{source.get('prompt', '')}\n{name} = candidate\n{source['test']}", name, source.get("prompt", "")
-        )
+        name, prompt = source["entry_point"], source.get("prompt", "")
+        yield CheckTest(f"{prompt}\n{name} = candidate\n{source['test']}", name, prompt)
         return
     inputs, outputs = (source.get(f"{key}s", source.get(key)) for key in ("input", "output"))
     metadata = source.get("metadata") or {}

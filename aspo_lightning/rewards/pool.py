@@ -1,4 +1,7 @@
-"""A pool of killable processes for reward functions and environments: what hangs, crashes or forks is killed, and the run goes on."""
+"""A pool of killable processes for reward functions and environments.
+
+What hangs, crashes or forks is killed, and the run goes on.
+"""
 
 import contextlib
 import json

@@ -85,7 +85,7 @@ def call(code):
     """Answers calls of functions that the code defines, plain or in a class Solution."""
     receive, send = line_channel()
     sys.setrecursionlimit(200_000)
-    namespace = {"__name__": "solution"}
+    namespace: dict = {"__name__": "solution"}
     exec(PRELUDE, namespace)
     exec(compile(code, "solution.py", "exec"), namespace)
     while True:
@@ -102,7 +102,7 @@ def check(code):
         send({"call": encode(args)})
         return decode(receive())
 
-    namespace = {"__name__": "test", "candidate": candidate}
+    namespace: dict = {"__name__": "test", "candidate": candidate}
     exec(compile(code, "test.py", "exec"), namespace)
     namespace["check"](candidate)
     send({"passed": True})

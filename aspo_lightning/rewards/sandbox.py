@@ -176,7 +176,7 @@ def _bwrap(limits: Limits, filter_fd: int) -> list[str]:
     binds: list[str] = []
     for path in visible:
         if Path(path).is_symlink():
-            binds += ["--symlink", os.readlink(path), path]
+            binds += ["--symlink", str(Path(path).readlink()), path]
         elif not any(path != other and Path(path).is_relative_to(other) for other in visible):
             binds += ["--ro-bind", path, path]
     devices = [arg for name in ("null", "zero", "urandom") for arg in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
