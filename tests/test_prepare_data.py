@@ -1,0 +1,101 @@
+"""scripts/prepare_data.py as a user calls it: what goes and why, near duplicates, and going on after a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCRIPT = str(Path(__file__).parent.parent / "scripts" / "prepare_data.py")
+
+LONG = "A train leaves the station at noon and travels at sixty miles per hour for three hours, how far does it get"
+
+
+def prepare(*args):
+    return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, timeout=120)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_goes_and_why(tmp_path, tiny_model):
+    rows = [
+        {"name": "a", "problem": LONG + "?", "solution": "180"},
+        {"name": "b", "problem": "  " + LONG.upper() + " ?", "solution": "180"},  # the same words
+        {"name": "c", "problem": LONG + " by then?", "solution": "180"},  # nearly
+        {"name": "d", "problem": "What is 1+1?", "solution": ""},
+        {"name": "e", "problem": "What is 2+2?", "solution": "4", "flag": "yes"},
+        {"name": "f", "problem": "What is 3+3?" + " Think." * 40, "solution": "6"},
+        {"name": "g", "problem": "What is 4+4?", "solution": "8"},
+        {"name": "g", "problem": "What is 5+5?", "solution": "10"},
+        {"name": "h", "problem": "What is the capital of France?", "solution": "Paris"},
+    ]
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    held_out = write(tmp_path / "eval.jsonl", [{"question": "What is the capital of  France ?"}])
+    columns = ["--source", source, "--question", "problem", "--answer", "solution", "--id", "name"]
+    limits = ["--drop_if", "[flag]", "--model", tiny_model, "--max_prompt_length", "200"]
+    result = prepare(*columns, *limits, "--held_out", f"[{held_out}]", "--near", "0.8", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert read(out) == [
+        {"id": "a", "question": LONG + "?", "answer": "180"},
+        {"id": "g", "question": "What is 4+4?", "answer": "8"},
+    ]
+    assert "9 rows read, 2 kept" in result.stdout
+    for reason in ("exact duplicate", "near duplicate", "bad row", "has flag", "over-long prompt", "id taken"):
+        count = 2 if reason == "exact duplicate" else 1
+        assert f"{count} dropped: {reason}" in result.stdout
+    assert "9row" in result.stderr.replace(" ", "")  # the progress bar
+
+    again = prepare(*columns, *limits, "--held_out", f"[{held_out}]", "--near", "0.8", "--out", str(out))
+    assert again.returncode != 0
+    assert "is finished" in again.stderr
+    other = prepare(*columns, "--out", str(out))
+    assert "was begun with other values of drop_if" in other.stderr
+    assert "Traceback" not in again.stderr + other.stderr
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"question": "1+1", "answer": "2"}])
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    result = prepare("--source", source, "--out", str(out))
+    assert result.returncode != 0
+    assert "exists and isn't from an interrupted run" in result.stderr
+    assert out.read_text() == "precious"
+    bad = prepare("--source", source, "--out", str(tmp_path / "other.jsonl"), "--near", "0")
+    assert "near is 0" in bad.stderr
+
+
+def test_killed_and_started_again_it_writes_the_same_file(tmp_path):
+    words = ["apple", "pear", "plum", "fig", "kiwi", "lime", "date"]
+    rows = [
+        {"question": " ".join(words[(i * k) % 7] for k in range(1, 9)) + f" {i % 4000}", "answer": str(i)}
+        for i in range(12_000)
+    ]
+    source = write(tmp_path / "in.jsonl", rows)
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    assert prepare("--source", source, "--out", str(whole)).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--source", source, "--out", str(part)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "part.jsonl.progress").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = json.loads((tmp_path / "part.jsonl.progress").read_text())
+    assert 0 < state["read"] < 12_000
+    with part.open("ab") as file:
+        file.write(b'{"id": "torn')  # what a kill in the middle of a write leaves
+    result = prepare("--source", source, "--out", str(part))
+    assert f"Going on behind row {state['read']}" in result.stdout
+    assert part.read_bytes() == whole.read_bytes()
