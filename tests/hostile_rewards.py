@@ -54,3 +54,15 @@ def fork_and_hang(completion, row):
         Path(row["file"]).write_text(str(pid))
     while True:
         time.sleep(1)
+
+
+def parity_or_hang(completion, row):
+    """Hangs on one first character in sixteen."""
+    if completion and ord(completion[0]) % 16 == 5:
+        hang(completion, row)
+    return float(ord(completion[0]) % 2) if completion else 0.0
+
+
+def once_more(turns, row):
+    """An environment of two turns."""
+    return "again" if len(turns) < 2 else None

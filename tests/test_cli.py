@@ -194,6 +194,32 @@ def test_a_second_run_has_a_folder_of_its_own_and_parts_are_swapped_by_name(fini
     assert "policy/kl" not in scalars(folder / "tiny" / "version_1")
 
 
+def test_turns_refills_a_curriculum_and_hanging_rewards_in_one_run(tiny_model, tmp_path):
+    config = tiny_config(
+        tiny_model, tmp_path, curriculum={"class_path": "PassRate"}, no_spread="refill", overlong_buffer=8, passes=2
+    )
+    settings = config["data"]["train"]["init_args"]
+    settings.update(
+        reward="tests.hostile_rewards.parity_or_hang", environment="tests.hostile_rewards.once_more", chat=False
+    )
+    config["data"].update(reward_timeout_s=1.0, max_completion_length=24)
+    start = time.monotonic()
+    result = aspo("fit", "--config", write(tmp_path, config), "--trainer.limit_val_batches", "0")
+    assert result.returncode == 0, result.stderr[-3000:]
+    logged = scalars(tmp_path / "tiny" / "version_0")
+    failed = [value for _, value in logged["rollout/failed_rewards"]]
+    assert sum(failed) > 0
+    waited = [value for _, value in logged["time/reward_s"]]
+    assert all(w < 0.5 * f + 12 for f, w in zip(failed, waited, strict=True))  # two workers, a second each; new ones
+    assert time.monotonic() - start < 200
+    assert [value for _, value in logged["rollout/kept_groups"]] == [4, 4]
+    assert [step for step, _ in logged["policy/loss"]] == [3, 7]  # two optimizer steps, two passes
+    checkpoint = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=False)
+    rates = checkpoint["RolloutDataModule"]["curriculum"]["rates"]
+    assert len(rates) >= 8
+    assert all(0 <= rate <= 1 for rate in rates.values())
+
+
 def test_validate_and_test_evaluate_a_checkpoint(finished):
     folder, config, _ = finished
     run = folder / "tiny" / "version_0"
@@ -207,9 +233,23 @@ def test_validate_and_test_evaluate_a_checkpoint(finished):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_parsed(path):
-    result = aspo("fit", "--config", str(path), "--print_config")
+    """Overlays on top of the quickstart; what a config says is in the result."""
+    base = ROOT / "configs" / "quickstart.yaml"
+    overlay = [] if path.parent == base.parent else ["--config", str(base)]
+    result = aspo("fit", *overlay, "--config", str(path), "--print_config")
     assert result.returncode == 0, result.stderr
-    assert yaml.safe_load(result.stdout)["data"]["group_size"] >= 2
+    printed = yaml.safe_load(result.stdout)
+
+    def compare(said, found):
+        for key, value in said.items():
+            if isinstance(value, dict):
+                compare(value, found[key])
+            elif key == "class_path":
+                assert found[key].endswith(value)
+            else:
+                assert found[key] == value, key
+
+    compare(yaml.safe_load(path.read_text()), printed)
 
 
 def test_configs_overlay(finished, tmp_path):

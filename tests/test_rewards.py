@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import reasoning_gym
 
+from aspo_lightning.environments.second_chance import environment as second_chance
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rewards import RewardItem, RewardPool, Score
 from aspo_lightning.rewards.choice import chosen_letter
@@ -189,6 +190,22 @@ def test_hostile_answers_fail_within_the_limit_and_the_pool_goes_on(name):
 def test_multiple_choice(completion, letter):
     assert chosen_letter(completion) == letter
     assert choice_reward(completion, {"answer": "B"}) == (letter == "B")
+
+
+@pytest.mark.parametrize(
+    ("turns", "reply"),
+    [
+        (["7"], None),
+        ([" 7.0"], None),
+        (["6"], "Too low. 3 + 4 ="),
+        (["It is 8"], "Too high. 3 + 4 ="),
+        (["-7"], "Too low. 3 + 4 ="),
+        (["seven"], "That is no number. 3 + 4 ="),
+        (["6", "8"], None),
+    ],
+)
+def test_second_chance(turns, reply):
+    assert second_chance(turns, {"question": "3 + 4 =", "answer": "7"}) == reply
 
 
 def test_rewards_are_summed_by_their_weights(pool):

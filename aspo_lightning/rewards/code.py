@@ -48,8 +48,8 @@ def reward(completion: str, row: dict[str, Any]) -> float:
 
     Args:
         completion: the model's text. Without a fenced block, all of it behind the thinking part is taken as code.
-        row: ``answer`` holds the tests in any format that ``parse_tests`` reads. ``time_limit`` (seconds for one test)
-            is optional.
+        row: ``answer`` holds the tests in any format that ``parse_tests`` reads. ``time_limit`` for one test is
+            optional: seconds, or CodeContests' {"seconds": ..., "nanos": ...}.
     """
     return _reward(completion, row, isolated=True)
 
@@ -66,7 +66,7 @@ def _reward(completion: str, row: dict[str, Any], isolated: bool) -> float:
     tests = list(parse_tests(row["answer"]))
     if not tests:
         raise ValueError("the row has no tests")
-    limits = Limits(seconds=float(row.get("time_limit") or Limits().seconds))
+    limits = Limits(seconds=_seconds(row.get("time_limit")))
     code = extract_code(completion)
     calls = [t for t in tests if isinstance(t, CallTest)]
     try:
@@ -81,6 +81,12 @@ def _reward(completion: str, row: dict[str, Any], isolated: bool) -> float:
     except Failed:
         return 0.0
     return 1.0
+
+
+def _seconds(time_limit: Any) -> float:
+    if isinstance(time_limit, Mapping):
+        time_limit = (time_limit.get("seconds") or 0) + (time_limit.get("nanos") or 0) / 1e9
+    return float(time_limit or Limits().seconds)
 
 
 def extract_code(completion: str) -> str:
