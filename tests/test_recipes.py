@@ -133,7 +133,7 @@ def load(name, folder, rows) -> list:
         turn(config, rows, name)
     parser = ArgumentParser()
     parser.add_argument("--train", type=Task)
-    task = parser.instantiate_classes(parser.parse_object({"train": config})).train
+    task = parser.instantiate(parser.parse_object({"train": config})).train
     return task
 
 

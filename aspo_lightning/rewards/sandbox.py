@@ -182,7 +182,15 @@ def _bwrap(limits: Limits, filter_fd: int) -> list[str]:
     devices = [arg for name in ("null", "zero", "urandom") for arg in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     # The root is a tmpfs without a bound on its size, therefore read-only; so is /dev below it. There is no /proc.
     return [
-        *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"),
+        *(
+            str(shutil.which("bwrap")),
+            "--unshare-all",
+            "--die-with-parent",
+            "--new-session",
+            "--cap-drop",
+            "ALL",
+            "--clearenv",
+        ),
         *(*binds, *devices, "--size", str(limits.memory_mib << 16), "--tmpfs", "/tmp", "--chdir", "/tmp"),
         *("--hostname", "sandbox", "--remount-ro", "/", "--seccomp", str(filter_fd), "--"),
     ]
