@@ -111,6 +111,8 @@ class ASPOCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            check_checkpoints(config.checkpoint)
         logger = config.trainer.logger
         if not isinstance(logger, Namespace) or "save_dir" not in logger.init_args:
             return
@@ -141,7 +143,11 @@ def fit_summary(trainer: Trainer) -> str:
     return "\n".join(
         [
             "",
-            *(f"{name}: {report.before[name]:.3f} before, {report.after[name]:.3f} after" for name in report.before),
+            *(
+                f"{name}: {report.before[name]:.3f} before, {report.after[name]:.3f} after"
+                for name in report.before
+                if name in report.after
+            ),
             f"peak memory    {peak_memory_gb():.1f} GB",
             f"TensorBoard    {trainer.log_dir}",
             f"checkpoint     {checkpoint.best_model_path}",
@@ -150,6 +156,16 @@ def fit_summary(trainer: Trainer) -> str:
             f"to go on       {command} --ckpt_path last --trainer.max_epochs {2 * (trainer.max_epochs or 1)}",
         ]
     )
+
+
+def check_checkpoints(settings: Namespace) -> None:
+    """Raises ConfigError for checkpoints in the middle of an epoch: its phase couldn't be sampled again."""
+    for name in ("every_n_train_steps", "train_time_interval"):
+        if settings.get(name):
+            raise ConfigError(
+                f"checkpoint.{name} is {settings[name]}, but checkpoints are written at the end of an epoch, when its "
+                "phase is used up. Set checkpoint.every_n_epochs instead."
+            )
 
 
 def check_writable(folder: Path) -> None:

@@ -100,15 +100,16 @@ class RisingLevels(Curriculum):
             raise ConfigError(f"RisingLevels.threshold is {threshold}; allowed are numbers above 0, up to 1.")
         self.threshold = threshold
         self.level = 0  # index into the sorted levels
+        self._drawn = 0  # the level that the phase was drawn from
 
     def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
         levels = sorted({p.level for p in prompts})
         self.level = min(self.level, len(levels) - 1)
-        return Shuffled().draw([p for p in prompts if p.level == levels[self.level]], count, epoch=epoch, seed=seed)
+        self._drawn = levels[self.level]
+        return Shuffled().draw([p for p in prompts if p.level == self._drawn], count, epoch=epoch, seed=seed)
 
     def draw_more(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int, attempt: int) -> list[Prompt]:
-        levels = sorted({p.level for p in prompts})
-        same = [p for p in prompts if p.level == levels[min(self.level, len(levels) - 1)]]
+        same = [p for p in prompts if p.level == self._drawn]
         return super().draw_more(same, count, epoch=epoch, seed=seed, attempt=attempt)
 
     def update(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from aspo_lightning.rollouts import (
     build_phase,
     check_phase,
     evaluation_metrics,
+    has_task_spread,
     held_out,
 )
 from aspo_lightning.sampling import Sampling, sample_groups, sample_phase
@@ -208,6 +209,7 @@ class RolloutDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.pool.close()
+        self.phase, self._synced_step = None, None  # what comes next may be another model
 
     def close(self) -> None:
         """Frees the engine, which otherwise stays for another fit, validate or test."""
@@ -233,6 +235,7 @@ class RolloutDataModule(LightningDataModule):
         groups, times = sample_phase(
             lambda attempt, missing, so_far: self._draw(epoch, attempt, missing, so_far),
             lambda prompts: self._sample(prompts, self.sampling, epoch, "generate"),
+            lambda group: has_task_spread(group, self.phase_settings["shaping"]),
             self.prompts_per_phase,
             max_refills=self.max_refills,
         )

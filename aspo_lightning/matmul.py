@@ -19,7 +19,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float64:
         return a @ b
     if a.device.type == "cuda":
-        return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+        return a @ b if a.dtype == b.dtype == torch.float32 else torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
     a, b = a.float(), b.float()
     if _HAS_ONEDNN and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")

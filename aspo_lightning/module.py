@@ -26,6 +26,9 @@ TOKEN_METRICS = [
 ]
 
 
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
 class ASPOModule(LightningModule):
     """Trains a causal LM on planned, scored micro-batches of rollouts.
 
@@ -83,6 +86,13 @@ class ASPOModule(LightningModule):
         self.reference: ScoredCausalLM | None = None
         self.token_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in TOKEN_METRICS})
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in PRECISIONS:
+            raise ConfigError(
+                f"trainer.precision is {self.trainer.precision}; allowed are {', '.join(PRECISIONS)}. The weights "
+                "themselves are kept in model.dtype."
+            )
+
     def configure_model(self) -> None:
         if self.policy is not None:
             return
@@ -108,10 +118,12 @@ class ASPOModule(LightningModule):
         """(old_logprobs[N], ref_logprobs[N]) of a micro-batch, on the CPU. Called while a phase is built."""
         assert self.policy is not None
         batch = batch.to(self.device)
-        old, _ = self.policy(batch, temperature=self.temperature)
-        if self.reference is None:
-            return old.cpu(), torch.zeros_like(old, device="cpu")
-        ref, _ = self.reference.to(self.device)(batch, temperature=self.temperature)
+        # In the precision of training_step: otherwise the first ratio isn't 1.
+        with self.trainer.precision_plugin.forward_context():
+            old, _ = self.policy(batch, temperature=self.temperature)
+            if self.reference is None:
+                return old.cpu(), torch.zeros_like(old, device="cpu")
+            ref, _ = self.reference.to(self.device)(batch, temperature=self.temperature)
         return old.cpu(), ref.cpu()
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm.auto import tqdm
 
-from aspo_lightning.advantages import AdvantageEstimator, group_advantages
+from aspo_lightning.advantages import SPREAD_TOLERANCE, AdvantageEstimator, group_advantages
 from aspo_lightning.batching import Averaging, Plan, loss_weights, plan_phase
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.metrics import SOLVED, accuracy, pass_at_k, repetition_rate
-from aspo_lightning.sampling import group_has_spread
 from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
 
 Scorer = Callable[[MicroBatch], tuple[Tensor, Tensor]]
@@ -86,8 +85,7 @@ def build_phase(
     the others the first ``max_groups`` are trained on, ``passes`` times.
     """
     metrics = rollout_metrics(groups)
-    groups = [zero_truncated(g) for g in groups] if shaping.truncated == "zero" else groups
-    kept = [g for g in groups if no_spread == "keep" or group_has_spread(g)][:max_groups]
+    kept = [g for g in groups if no_spread == "keep" or has_task_spread(g, shaping)][:max_groups]
     metrics["rollout/kept_groups"] = float(len(kept))
     sequences = trained_sequences(kept, advantage, shaping, max_completion_length)
     plan = plan_phase(
@@ -124,7 +122,8 @@ def trained_sequences(
     if not groups:
         return []
     rewards = [[shaped_reward(r, shaping, max_completion_length) for r in g.rollouts] for g in groups]
-    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage).tolist()
+    spread = torch.tensor([[has_task_spread(g, shaping)] for g in groups])
+    advantages = (group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage) * spread).tolist()
     trained = [
         [
             TrainedSequence(group.prompt.prompt_ids, rollout, value)
@@ -139,17 +138,25 @@ def trained_sequences(
 def shaped_reward(rollout: Rollout, shaping: Shaping, max_completion_length: int) -> float:
     """The task reward plus DAPO's soft overlong penalty (arXiv 2503.14476, eq. 13).
 
-    With buffer b and limit L: 0 up to L - b tokens, falling evenly to -overlong_penalty at L.
+    With buffer b and limit L: 0 up to L - b tokens, falling evenly to -overlong_penalty at L. Replies of an environment
+    count as they do for the limit.
     """
+    reward = task_reward(rollout, shaping)
     if not shaping.overlong_buffer:
-        return rollout.reward
-    excess = rollout.sampled_length - (max_completion_length - shaping.overlong_buffer)
-    return rollout.reward - shaping.overlong_penalty * min(1.0, max(0.0, excess / shaping.overlong_buffer))
+        return reward
+    excess = len(rollout.completion_ids) - (max_completion_length - shaping.overlong_buffer)
+    return reward - shaping.overlong_penalty * min(1.0, max(0.0, excess / shaping.overlong_buffer))
 
 
-def zero_truncated(group: RolloutGroup) -> RolloutGroup:
-    """The group with truncated completions scored as failed."""
-    return replace(group, rollouts=tuple(replace(r, reward=0.0) if r.truncated else r for r in group.rollouts))
+def task_reward(rollout: Rollout, shaping: Shaping) -> float:
+    """The score, or 0 for a truncated completion where that is the rule."""
+    return 0.0 if rollout.truncated and shaping.truncated == "zero" else rollout.reward
+
+
+def has_task_spread(group: RolloutGroup, shaping: Shaping) -> bool:
+    """Whether its completions differ in task reward, before the overlong penalty. Without that it tells nothing."""
+    rewards = [task_reward(r, shaping) for r in group.rollouts]
+    return max(rewards) - min(rewards) > SPREAD_TOLERANCE
 
 
 def pack(

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from aspo_lightning.advantages import SPREAD_TOLERANCE
 from aspo_lightning.engines.base import Generator, SamplingRequest
 from aspo_lightning.rewards import Call, RewardItem, RewardPool
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
@@ -156,15 +155,17 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def sample_phase(
     draw: Callable[[int, int, Sequence[RolloutGroup]], list[Prompt]],
     sample: Callable[[Sequence[Prompt]], tuple[list[RolloutGroup], dict[str, float]]],
+    useful: Callable[[RolloutGroup], bool],
     count: int,
     *,
     max_refills: int = 0,
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Samples ``count`` groups, and more of them while fewer than ``count`` have reward spread (DAPO).
+    """Samples ``count`` groups, and more of them while fewer than ``count`` are useful (DAPO's dynamic sampling).
 
     Args:
         draw: (attempt, prompts wanted, groups so far) -> prompts; fewer where there are no more.
         sample: prompts -> (groups, seconds by part).
+        useful: whether a group can be trained on.
         max_refills: how many more times to sample.
 
     Returns:
@@ -173,16 +174,10 @@ def sample_phase(
     groups: list[RolloutGroup] = []
     times: dict[str, float] = {}
     for attempt in range(max_refills + 1):
-        missing = count - sum(map(group_has_spread, groups))
+        missing = count - sum(map(useful, groups))
         if missing <= 0 or not (prompts := draw(attempt, missing, groups)):
             break
         more, seconds = sample(prompts)
         groups += more
         times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
     return groups, times
-
-
-def group_has_spread(group: RolloutGroup) -> bool:
-    """Whether its completions differ in task reward, before any shaping. Without that it tells nothing."""
-    rewards = [r.reward for r in group.rollouts]
-    return max(rewards) - min(rewards) > SPREAD_TOLERANCE

@@ -47,7 +47,8 @@ def token_logprobs(
     Returns:
         (logprobs[N], entropy[N]), float32 (float64 for float64 input), whatever the dtype of ``hidden``.
     """
-    return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad)
 
 
 class _TokenLogprobs(torch.autograd.Function):

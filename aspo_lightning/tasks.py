@@ -46,11 +46,12 @@ class Task(ABC):
         self.environment = environment
         self.system_prompt = system_prompt
         self.chat = chat
+        self.has_levels = False
         self.template_options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Yields (id, question, row); ids are unique and stable. A row's ``level`` is its difficulty, if it has one.
+        """Yields (id, question, row); ids are unique and stable. ``row["level"]`` is its level, if the task has levels.
 
         Raises:
             ConfigError: for a row that can't be used; the message says which.
@@ -75,7 +76,7 @@ class Task(ABC):
                     text,
                     self.rewards,
                     row,
-                    level=int(row.get("level") or 0),
+                    level=row["level"] if self.has_levels else 0,
                     environment=self.environment,
                     before_reply=before_reply,
                     after_reply=after_reply,
@@ -134,6 +135,7 @@ class ReasoningGym(Task):
     ) -> None:
         super().__init__(reward, environment, system_prompt, chat, thinking)
         self.task, self.size, self.seed, self.config, self.levels = task, size, seed, config or {}, levels
+        self.has_levels = levels is not None
         if size < 1:
             raise ConfigError(f"ReasoningGym.size is {size}: an empty task. Set it to at least 1.")
         if levels is not None and not levels:
@@ -168,6 +170,7 @@ class Dataset(Task):
             may be missing in a row.
         answer: column of what the reward compares with, handed to it as ``row["answer"]``; of several, a list.
         id: column of a unique id. None: the row's number.
+        level: column of a whole number, the row's difficulty for a curriculum of levels.
         subset: of a dataset on the hub.
         split: of a saved dataset or one on the hub.
         template: what the model is asked; ``{question}`` stands for the problem's text.
@@ -180,6 +183,7 @@ class Dataset(Task):
         question: str | list[str] = "question",
         answer: str | list[str] = "answer",
         id: str | None = None,
+        level: str | None = None,
         subset: str | None = None,
         split: str = "train",
         template: str = "{question}",
@@ -196,7 +200,8 @@ class Dataset(Task):
             )
         self.path, self.subset, self.split = path, subset, split
         self.question = [question] if isinstance(question, str) else question
-        self.answer, self.id, self.template = answer, id, template
+        self.answer, self.id, self.level, self.template = answer, id, level, template
+        self.has_levels = level is not None
 
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         seen: dict[str, str] = {}
@@ -213,6 +218,11 @@ class Dataset(Task):
         """(id, text, row for the reward) of a row. Raises ConfigError, which names ``where``, if it can't be used."""
         id = f"{Path(self.path).name}/{number}" if self.id is None else str(_filled(where, row, self.id))
         question, fields = self._problem(where, row)
+        if self.level is not None:
+            level = _column(where, row, self.level)
+            if not isinstance(level, int):
+                raise ConfigError(f"{where}: {self.level!r} is {level!r}; a level must be a whole number.")
+            fields["level"] = level
         return id, question, {**row, **fields}
 
     def _problem(self, where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -240,7 +250,8 @@ class MultipleChoice(Dataset):
         options: columns of the options, the right one first (they are shuffled, the same way each time); or the
             column of a list of options.
         answer: with a list of options, the column of the right one's letter or index.
-        path, question, id, subset, split, template, reward, environment, system_prompt, chat, thinking: see Dataset.
+        path, question, id, level, subset, split, template, reward, environment, system_prompt, chat, thinking: see
+            Dataset.
     """
 
     def __init__(
@@ -250,6 +261,7 @@ class MultipleChoice(Dataset):
         question: str | list[str] = "question",
         answer: str | None = None,
         id: str | None = None,
+        level: str | None = None,
         subset: str | None = None,
         split: str = "train",
         template: str = "{question}\n\nEnd with the letter of the right option in \\boxed{}.",
@@ -266,7 +278,7 @@ class MultipleChoice(Dataset):
             )
         keys = options[0] if answer is None else answer
         super().__init__(
-            path, question, keys, id, subset, split, template, reward, environment, system_prompt, chat, thinking
+            path, question, keys, id, level, subset, split, template, reward, environment, system_prompt, chat, thinking
         )
         self.options = options
 
@@ -275,7 +287,7 @@ class MultipleChoice(Dataset):
         if isinstance(self.options, str):
             options = _filled(where, row, self.options)
             right = _option_index(fields["answer"])
-            if not isinstance(options, list) or right is None or right >= len(options):
+            if not isinstance(options, list) or right is None or not 0 <= right < len(options):
                 raise ConfigError(
                     f"{where}: {self.answer!r} is {fields['answer']!r}, which is none of the options {options!r}."
                 )

@@ -65,6 +65,7 @@ def main(
     model: str | None = None,
     max_prompt_length: int = 2048,
     near: float = 0.9,
+    keep: list[str] | None = None,
     drop_if: list[str] | None = None,
     held_out: list[Path] | None = None,
 ) -> None:
@@ -81,13 +82,14 @@ def main(
         model: whose tokenizer measures prompts. None: they aren't measured.
         max_prompt_length: tokens; longer prompts go.
         near: similarity (0 to 1) from which two questions are near duplicates. 1: only exact ones go.
+        keep: further columns to write, such as the time_limit that the code reward reads.
         drop_if: columns; a row where one of them holds something goes.
         held_out: JSONL files with a column ``question``; what is a duplicate of theirs goes.
     """
     if not 0 < near <= 1:
         raise ConfigError(f"near is {near}; allowed are numbers above 0, up to 1.")
     settings = {key: str(value) for key, value in locals().items() if key != "out"}
-    task = Dataset(source, question, answer, id, subset, split)
+    task = Dataset(source, question, answer, id, subset=subset, split=split)
     tokenizer = load_tokenizer(model) if model else None
     duplicates = Duplicates(near)
     for file in held_out or []:
@@ -118,7 +120,7 @@ def main(
         for index, (where, number, row) in enumerate(tqdm(rows, desc="prepare", unit="row")):
             if index < state["read"]:
                 continue
-            kept, reason = clean(task, where, number, row, drop_if or [])
+            kept, reason = clean(task, where, number, row, keep or [], drop_if or [])
             if kept is not None and kept["id"] in ids:
                 reason = "id taken"
             elif kept is not None and tokenizer is not None:
@@ -140,17 +142,20 @@ def main(
 
 
 def clean(
-    task: Dataset, where: str, number: int, row: dict[str, Any], drop_if: list[str]
+    task: Dataset, where: str, number: int, row: dict[str, Any], keep: list[str], drop_if: list[str]
 ) -> tuple[dict[str, Any] | None, str | None]:
     """(the row to keep, None) or (None, why it goes)."""
+    for column in [*keep, *drop_if]:
+        if column not in row:
+            raise ConfigError(f"{where} has no {column!r}. Its columns are {', '.join(row)}.")
     for column in drop_if:
-        if row.get(column):
+        if row[column]:
             return None, f"has {column}"
     try:
         id, question, full = task.problem(where, number, row)
     except ConfigError:
         return None, "bad row"
-    return {"id": id, "question": question, "answer": full["answer"]}, None
+    return {"id": id, "question": question, "answer": full["answer"], **{key: row[key] for key in keep}}, None
 
 
 def load_state(out: Path, state_path: Path, settings: dict[str, str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 
@@ -66,3 +67,19 @@ def parity_or_hang(completion, row):
 def once_more(turns, row):
     """An environment of two turns."""
     return "again" if len(turns) < 2 else None
+
+
+def huge(completion, row):
+    return 10**400
+
+
+def fork_and_return(completion, row):
+    os.fork()
+    return 7.0
+
+
+def answer_for_another(completion, row):
+    """Writes to the pool itself, as the worker would for a later call."""
+    connection = Connection(os.dup(int(sys.argv[1])))
+    connection.send_bytes(b'{"call": 1000, "value": 1.0}')
+    return 1.0

@@ -14,6 +14,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from aspo_lightning.datamodule import RolloutDataModule
+from aspo_lightning.objectives import Objective
 from tests.conftest import save_model, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -131,11 +133,12 @@ def test_a_checkpoint_holds_the_policy_and_not_the_reference(finished, tiny_mode
     assert weights == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
 
 
-def test_a_killed_run_goes_on_and_overwrites_nothing(tiny_model, tmp_path):
-    config = write(tmp_path, tiny_config(tiny_model, tmp_path))
+def test_a_killed_run_goes_on_as_if_never_stopped_and_overwrites_nothing(tiny_model, tmp_path):
+    config = write(tmp_path, tiny_config(tiny_model, tmp_path, curriculum={"class_path": "PassRate"}))
+    common = ["--config", config, "--trainer.limit_val_batches", "0"]
     run = tmp_path / "tiny" / "version_0"
     process = subprocess.Popen(
-        [ASPO, "fit", "--config", config, "--trainer.max_epochs", "500", "--trainer.limit_val_batches", "0"],
+        [ASPO, "fit", *common, "--trainer.max_epochs", "500"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
@@ -145,29 +148,35 @@ def test_a_killed_run_goes_on_and_overwrites_nothing(tiny_model, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (before,) = [int(p.stem[-5:]) for p in run.glob("checkpoints/epoch_*.ckpt")][-1:]
+    (before,) = [int(p.stem[-5:]) for p in run.glob("checkpoints/epoch_*.ckpt")]
     kept = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
-    result = aspo(
-        "fit",
-        "--config",
-        config,
-        "--ckpt_path",
-        "last",
-        "--trainer.max_epochs",
-        str(before + 3),
-        "--trainer.limit_val_batches",
-        "0",
-    )
+    epochs = ["--trainer.max_epochs", str(before + 3)]
+    result = aspo("fit", *common, "--ckpt_path", "last", *epochs)
     assert result.returncode == 0, result.stderr[-3000:]
-    epochs = [
-        int(line.split()[1]) for line in (result.stdout + result.stderr).splitlines() if line.startswith("epoch ")
-    ]
-    assert epochs == [before + 1, before + 2]
+    shown = [int(line.split()[1]) for line in (result.stdout + result.stderr).splitlines() if line.startswith("epoch ")]
+    assert shown == [before + 1, before + 2]
     assert all(p.read_bytes() == content for p, content in kept.items())
     assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["version_0"]
     assert (run / "config_resumed_1.yaml").is_file()
-    steps = [step for step, _ in scalars(run)["policy/loss"]]
-    assert steps[-2:] == [2 * before + 3, 2 * before + 5]
+    resumed = scalars(run)
+    assert [step for step, _ in resumed["policy/loss"]][-2:] == [2 * before + 3, 2 * before + 5]
+
+    whole = aspo("fit", *common, *epochs)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    never_stopped = scalars(tmp_path / "tiny" / "version_1")
+    for tag in never_stopped:
+        if not tag.startswith("time/"):
+            assert resumed[tag][-2:] == never_stopped[tag][-2:], tag
+    ours, theirs = (
+        torch.load(tmp_path / "tiny" / version / "checkpoints" / "last.ckpt", weights_only=False)
+        for version in ("version_0", "version_1")
+    )
+    for key, value in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][key], value), key
+    for i, state in theirs["optimizer_states"][0]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(ours["optimizer_states"][0]["state"][i][key], value), key
+    assert ours["RolloutDataModule"] == theirs["RolloutDataModule"]
 
 
 def test_a_second_run_has_a_folder_of_its_own_and_parts_are_swapped_by_name(finished):
@@ -252,6 +261,20 @@ def test_shipped_configs_are_parsed(path):
     compare(yaml.safe_load(path.read_text()), printed)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "objectives").glob("*.yaml")), ids=lambda p: p.stem)
+def test_objective_overlays_fit_the_quickstart(path, tiny_model):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_class_arguments(RolloutDataModule, "data")
+    parser.add_subclass_arguments(Objective, "objective")
+    base, overlay = (yaml.safe_load(p.read_text()) for p in (ROOT / "configs" / "quickstart.yaml", path))
+    data = {**base["data"], **overlay.get("data", {}), "model_name_or_path": tiny_model}
+    objective = overlay["model"]["objective"]
+    made = parser.instantiate(parser.parse_object({"data": data, "objective": objective}))
+    assert type(made.objective).__name__ == objective["class_path"]
+
+
 def test_configs_overlay(finished, tmp_path):
     _, config, _ = finished
     overlay = tmp_path / "overlay.yaml"
@@ -276,6 +299,8 @@ BAD_INPUT = {
     "too few prompts": ([*CHAIN_SUM, "--data.train.init_args.size", "3"], "fewer than data.prompts_per_phase 4"),
     "unwritable": (["--trainer.logger.init_args.save_dir", "/proc/none"], "/proc/none can't be written to"),
     "nothing to resume": (["--trainer.logger.init_args.name", "other", "--ckpt_path", "last"], "no run below"),
+    "checkpoints in an epoch": (["--checkpoint.every_n_train_steps", "1"], "Set checkpoint.every_n_epochs"),
+    "half precision": (["--trainer.precision", "bf16-true"], "allowed are 32-true, bf16-mixed"),
     "wrong type": (["--trainer.max_epochs", "many"], "many"),
 }
 

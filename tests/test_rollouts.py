@@ -15,6 +15,7 @@ from aspo_lightning.rollouts import (
     check_phase,
     correct_mismatch,
     evaluation_metrics,
+    has_task_spread,
     held_out,
     pack,
     shaped_reward,
@@ -191,6 +192,25 @@ def test_the_overlong_penalty_falls_evenly_over_its_buffer(length, penalty):
     assert shaped_reward(rollout, Shaping(overlong_buffer=4), 8) == pytest.approx(1 + penalty)
     assert shaped_reward(rollout, Shaping(overlong_buffer=4, overlong_penalty=0.5), 8) == pytest.approx(1 + penalty / 2)
     assert shaped_reward(rollout, Shaping(), 8) == 1
+
+
+def test_replies_count_for_the_overlong_penalty_as_for_the_limit():
+    rollout = replace(group(0, [1.0], [8]).rollouts[0], sampled=(True, False, False, False) * 2)
+    assert shaped_reward(rollout, Shaping(overlong_buffer=4), 8) == 0
+
+
+def test_kept_groups_without_task_spread_get_no_advantage_from_their_lengths():
+    groups = [group(0, [0.0, 0.0], [2, 8])]
+    phase = build_phase(groups, minus_one, **SETTINGS, no_spread="keep", shaping=Shaping(overlong_buffer=4))
+    assert advantages(phase) == {2: 0, 8: 0}
+
+
+def test_spread_is_more_than_rounding_and_knows_the_rule_of_truncation():
+    assert not has_task_spread(group(0, [0.1 + 0.2, 0.3]), Shaping())
+    solved = group(0, [1.0, 0.0])
+    cut = replace(solved, rollouts=(replace(solved.rollouts[0], truncated=True), solved.rollouts[1]))
+    assert has_task_spread(cut, Shaping())
+    assert not has_task_spread(cut, Shaping(truncated="zero"))
 
 
 def test_spread_is_judged_before_shaping():

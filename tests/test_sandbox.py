@@ -227,10 +227,12 @@ def test_the_pool_works_as_fast_after_all_attacks_as_before(target, pool):
     assert left_over() == set()
 
 
-def test_a_killed_worker_takes_its_sandbox_along():
-    impatient = RewardPool(workers=1, timeout_s=0.5)
+@pytest.mark.parametrize("path", [CODE, f"{CODE}_without_isolation"])
+def test_a_killed_worker_takes_its_sandbox_along(path):
+    impatient = RewardPool(workers=1, timeout_s=1.0)
     try:
-        (score,) = impatient.score([RewardItem({CODE: 1.0}, "while True: pass", {**STDIN, "time_limit": 60})])
+        hanging = "import time\ntime.sleep(1000)"
+        (score,) = impatient.score([RewardItem({path: 1.0}, hanging, {**STDIN, "time_limit": 60})])
         assert score.failed
         assert left_over() == set()
     finally:

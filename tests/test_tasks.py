@@ -139,6 +139,9 @@ def test_options_of_multiple_choice(tokenizer, tmp_path):
     path = write(tmp_path / "c.jsonl", {**listed, "key": "D"})
     with pytest.raises(ConfigError, match=r"c.jsonl:1: 'key' is 'D', which is none of the options"):
         MultipleChoice(path, "options", answer="key").prompts(tokenizer)
+    path = write(tmp_path / "d.jsonl", {**listed, "key": -1})
+    with pytest.raises(ConfigError, match=r"'key' is -1, which is none of the options"):
+        MultipleChoice(path, "options", answer="key").prompts(tokenizer)
     with pytest.raises(ConfigError, match="Give either a list of columns"):
         MultipleChoice(path, "options")
 
@@ -184,6 +187,16 @@ def test_bad_rows_are_refused_with_their_place(tokenizer, tmp_path, name):
     with pytest.raises(ConfigError, match=message) as error:
         Dataset(str(path)).prompts(tokenizer)
     assert "\n" not in str(error.value)
+
+
+def test_levels_of_a_dataset(tokenizer, tmp_path):
+    rows = [{"question": "1+1", "answer": 2, "level": "Level 5", "hard": 3}]
+    (prompt,) = Dataset(write(tmp_path / "a.jsonl", *rows)).prompts(tokenizer)
+    assert prompt.level == 0
+    (prompt,) = Dataset(write(tmp_path / "a.jsonl", *rows), level="hard").prompts(tokenizer)
+    assert prompt.level == 3
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: 'level' is 'Level 5'; a level must be a whole number"):
+        Dataset(write(tmp_path / "a.jsonl", *rows), level="level").prompts(tokenizer)
 
 
 def test_double_ids_are_refused(tokenizer, tmp_path):

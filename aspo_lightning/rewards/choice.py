@@ -6,9 +6,10 @@ from typing import Any
 from aspo_lightning.rewards.math import last_boxed
 
 # "the answer is (B)", "Answer: B", "**Answer: B**"
-_STATED = re.compile(r"answer(?:\s+is)?\s*:?\s*[*_$]*\(?\s*([A-Z])\b", re.IGNORECASE)
+_STATED = re.compile(r"(?i:answer(?:\s+is)?)\s*:?\s*[*_$]*\(?\s*([A-Z])\b")
 _ALONE = re.compile(r"\W*([A-Z])\W*")
-_LABELLED = re.compile(r"\W*(?:\\text\w*\{\s*)?\(?([A-Z])\b(?:[).:\s}].*|$)", re.DOTALL)
+# "B", "(b)", "\text{B}", "\mathbf{(B) 5 cm}", "B. Because"; a lower-case letter with words behind it is an article.
+_LABELLED = re.compile(r"[\s$*]*(?:\\[A-Za-z]+\s*\{\s*)*\(?\s*(?:([A-Z])(?:[).:\s}$*]|$)|([a-z])(?:[).:}$*]|\s*$))")
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
@@ -20,8 +21,8 @@ def chosen_letter(completion: str) -> str | None:
     """The letter in the last box behind the thinking part; else of the last "answer is X"; else one standing alone."""
     text = completion.rpartition("</think>")[2]
     if (boxed := last_boxed(text)) is not None:
-        match = _LABELLED.match(boxed.upper())
-        return match[1] if match else None
+        match = _LABELLED.match(boxed)
+        return (match[1] or match[2]).upper() if match else None
     if stated := _STATED.findall(text):
         return str(stated[-1]).upper()
     match = _ALONE.fullmatch(text)

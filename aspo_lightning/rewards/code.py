@@ -5,8 +5,8 @@ only pass by answering right.
 """
 
 import json
+import math
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -144,9 +144,8 @@ def _text(value: Any) -> str:
 
 
 def passes_calls(code: str, tests: list[CallTest], limits: Limits, isolated: bool) -> bool:
-    """Whether each call returns what it should; all in one process, which has ``limits`` for each of them."""
-    allowed = limits._replace(seconds=limits.seconds * len(tests))
-    with Process("call", code, allowed, subprocess.PIPE, isolated) as process:
+    """Whether each call returns what it should; all in one process, with the time limit for each of them."""
+    with Process("call", code, limits, isolated=isolated, calls=len(tests)) as process:
         for test in tests:
             process.send([test.function, encode(test.args)])
             value = _decoded(process.receive())
@@ -157,11 +156,11 @@ def passes_calls(code: str, tests: list[CallTest], limits: Limits, isolated: boo
 
 def run_check(code: str, test: CheckTest, limits: Limits, isolated: bool) -> None:
     """Runs a test function in one process against the model's code in another. Raises Failed unless it passes."""
-    if f"def {test.function}" not in code:
+    if not re.search(rf"\bdef\s+{re.escape(test.function)}\b", code):
         code = test.prompt + code
     with (
-        Process("check", test.program, limits, subprocess.PIPE, isolated) as checker,
-        Process("call", code, limits, subprocess.PIPE, isolated) as solution,
+        Process("check", test.program, limits, isolated=isolated) as checker,
+        Process("call", code, limits, isolated=isolated) as solution,
     ):
         while (message := checker.receive()) != {"passed": True}:
             solution.send([test.function, message["call"]])
@@ -205,4 +204,4 @@ def same_value(value: Any, expected: Any) -> bool:
 
 
 def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-6 * max(1.0, abs(b))
+    return a == b or (math.isfinite(a) and math.isfinite(b) and abs(a - b) <= 1e-6 * max(1.0, abs(b)))

@@ -88,7 +88,9 @@ class RewardPool:
             ConfigError: if one can't be imported, or refuses to work on this machine.
         """
         for function in functions:
-            self.run([Call(function, _LOAD_ONLY, {})])
+            (result,) = self.run([Call(function, _LOAD_ONLY, {})])
+            if result.failed:
+                raise ConfigError(f"{function} can't be used: its process ended, or took too long, while importing it.")
 
     def score(self, items: Sequence[RewardItem]) -> list[Score]:
         """The scores of the items, in their order."""
@@ -136,6 +138,8 @@ class RewardPool:
         try:
             while worker.connection.poll():
                 message = json.loads(worker.connection.recv_bytes(1 << 20))
+                if message["call"] != worker.calls:
+                    raise ValueError("an answer to another call")
                 if "unusable" in message:
                     raise ConfigError(f"{call.function} can't be used: {message['unusable']}")
                 if "started" in message:
@@ -169,8 +173,11 @@ class RewardPool:
 
 
 def _finite(result: Result) -> float | None:
-    number = isinstance(result.value, (int, float)) and math.isfinite(result.value)
-    return float(result.value) if number else None
+    try:
+        value = float(result.value) if isinstance(result.value, (int, float)) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        return None
+    return value if math.isfinite(value) else None
 
 
 class _Worker:
@@ -188,11 +195,13 @@ class _Worker:
             )
         self.connection = Connection(ours.detach())
         self.deadline = 0.0
+        self.calls = 0
 
     def send(self, call: Call) -> None:
         self.deadline = time.monotonic() + IMPORT_TIMEOUT_S
+        self.calls += 1
         with contextlib.suppress(OSError):  # a dead process shows at the next look
-            self.connection.send_bytes(pickle.dumps(tuple(call)))
+            self.connection.send_bytes(pickle.dumps((self.calls, *call)))
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -44,15 +44,24 @@ def decode(message):
     return {"list": list, "tuple": tuple, "set": set}[kind](decode(v) for v in items)
 
 
-def set_limits(seconds, memory_mib):
+def set_limits(cpu_seconds, memory_mib):
     def limit(which, value):
         resource.setrlimit(which, (value, value))
 
     limit(resource.RLIMIT_AS, memory_mib << 20)
-    limit(resource.RLIMIT_CPU, int(seconds) + 1)
+    limit(resource.RLIMIT_CPU, int(cpu_seconds) + 1)
     limit(resource.RLIMIT_FSIZE, memory_mib << 16)
     limit(resource.RLIMIT_NOFILE, 64)
     limit(resource.RLIMIT_CORE, 0)
+
+
+def die_with_parent():
+    """Has the kernel kill this process when the one that started it ends."""
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def line_channel():
@@ -111,7 +120,9 @@ def check(code):
 def main(fd):
     with os.fdopen(fd, "rb") as file:
         job = json.load(file)
-    set_limits(job["seconds"], job["memory_mib"])
+    if not job["isolated"]:
+        die_with_parent()
+    set_limits(job["cpu_seconds"], job["memory_mib"])
     {"script": script, "call": call, "check": check}[job["mode"]](job["code"])
 
 

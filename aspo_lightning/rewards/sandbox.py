@@ -30,7 +30,7 @@ class Limits(NamedTuple):
     """Of one process."""
 
     seconds: float = 6.0
-    """Wall clock; CPU time is bounded by the same."""
+    """Wall clock of a program, or of each call."""
     memory_mib: int = 1024
     """Address space. /tmp, which is memory too, has a sixteenth of it."""
     output_bytes: int = 4 << 20
@@ -62,7 +62,10 @@ def run_script(code: str, stdin: bytes, limits: Limits, *, isolated: bool = True
     Raises:
         Failed: it ended with an error, or not within its limits.
     """
-    with contextlib.closing(_read_only(stdin)) as source, Process("script", code, limits, source.fd, isolated) as p:
+    with (
+        contextlib.closing(_read_only(stdin)) as source,
+        Process("script", code, limits, source.fd, isolated=isolated) as p,
+    ):
         output = p.read_to_end()
         if p.wait() != 0:
             raise Failed(f"exit status {p.wait()}")
@@ -72,12 +75,23 @@ def run_script(code: str, stdin: bytes, limits: Limits, *, isolated: bool = True
 class Process:
     """A running sandbox. Modes of ``runner.py``: script (stdin to stdout), call and check (a line of JSON each way)."""
 
-    def __init__(self, mode: str, code: str, limits: Limits, stdin: int, isolated: bool) -> None:
+    def __init__(
+        self, mode: str, code: str, limits: Limits, stdin: int = subprocess.PIPE, *, isolated: bool, calls: int = 1
+    ) -> None:
+        self._seconds = limits.seconds
         self._deadline = time.monotonic() + limits.seconds
         self._left = limits.output_bytes
         self._buffer = b""
         self._folder = None if isolated else tempfile.TemporaryDirectory()
-        job = json.dumps({"mode": mode, "code": code, "seconds": limits.seconds, "memory_mib": limits.memory_mib})
+        job = json.dumps(
+            {
+                "mode": mode,
+                "code": code,
+                "cpu_seconds": limits.seconds * calls,
+                "memory_mib": limits.memory_mib,
+                "isolated": isolated,
+            }
+        )
         with contextlib.ExitStack() as files:
             job_fd = files.enter_context(contextlib.closing(_read_only(job.encode()))).fd
             command = [*_interpreter(), str(job_fd)]
@@ -101,13 +115,21 @@ class Process:
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
 
     def send(self, message: Any) -> None:
-        """Writes a line of JSON to a process in mode call or check."""
+        """Writes a line of JSON to a process in mode call or check, and starts its clock again."""
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise Failed("ended early") from error
+        self._deadline = time.monotonic() + self._seconds
+        fd = self._process.stdin.fileno()
+        os.set_blocking(fd, False)  # it may never read
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_WRITE)
+            while data:
+                if not selector.select(max(0.0, self._deadline - time.monotonic())):
+                    raise Failed("out of time")
+                try:
+                    data = data[os.write(fd, data) :]
+                except OSError as error:
+                    raise Failed("ended early") from error
 
     def receive(self) -> Any:
         """The next line of JSON."""

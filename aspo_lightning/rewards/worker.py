@@ -6,6 +6,7 @@ pickled (the pool is trusted); what it answers is JSON (it isn't).
 
 import importlib
 import json
+import os
 import pickle
 import resource
 import sys
@@ -13,36 +14,40 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
+from aspo_lightning.rewards.runner import die_with_parent
+
 
 @cache
 def load(path: str) -> Any:
-    """The function, ready to work: one that needs something of the machine says so by its attribute ``check``."""
     module, _, name = path.rpartition(".")
-    function = getattr(importlib.import_module(module), name)
-    if check := getattr(function, "check", None):
-        check()
-    return function
+    return getattr(importlib.import_module(module), name)
 
 
 def main(fd: int, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    die_with_parent()
     connection = Connection(fd)
+    pid, number = os.getpid(), -1
 
     def answer(**message: Any) -> None:
-        connection.send_bytes(json.dumps(message).encode())
+        if os.getpid() != pid:
+            os._exit(0)  # a copy that a function forked off: not for it to answer
+        connection.send_bytes(json.dumps({"call": number, **message}).encode())
 
     while True:
         try:
-            path, subject, row = pickle.loads(connection.recv_bytes())
+            number, path, subject, row = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
             function = load(path)
+            if subject is None:  # only asked whether it can be used; it may need something of the machine
+                getattr(function, "check", lambda: None)()
         except Exception as error:
             answer(unusable=f"{type(error).__name__}: {error}")
             continue
-        if subject is None:  # only the import was asked for
+        if subject is None:
             answer(value=None)
             continue
         answer(started=True)  # the clock of the time limit starts here, behind the imports
