@@ -138,7 +138,7 @@ def test_calls_of_functions_and_of_methods():
 
 
 def test_a_helper_with_a_longer_name_is_not_the_function():
-    test = {"test": "def check(f):\n    assert f(1) == 2", "entry_point": "f", "prompt": "def f(x):\n"}
+    test = {"test": "def check(f):\n    assert f(1) == 2", "entry_point": "f", "prompt": "def f(x):\n    'One more.'\n"}
     assert reward("    return foo(x)\n\ndef foo(x): return x + 1", {"answer": test}) == 1
 
 

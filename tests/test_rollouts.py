@@ -202,7 +202,7 @@ def test_replies_count_for_the_overlong_penalty_as_for_the_limit():
 def test_kept_groups_without_task_spread_get_no_advantage_from_their_lengths():
     groups = [group(0, [0.0, 0.0], [2, 8])]
     phase = build_phase(groups, minus_one, **SETTINGS, no_spread="keep", shaping=Shaping(overlong_buffer=4))
-    assert advantages(phase) == {2: 0, 8: 0}
+    assert advantages(phase) == {2: [0.0], 8: [0.0]}
 
 
 def test_spread_is_more_than_rounding_and_knows_the_rule_of_truncation():
