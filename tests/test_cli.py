@@ -297,7 +297,7 @@ CHAIN_SUM = ["--data.train", "ReasoningGym", "--data.train.init_args.task", "cha
 BAD_INPUT = {
     "unknown key": (["--model.no_such_key", "1"], "no_such_key"),
     "unknown objective": (["--model.objective", "PPPO"], "Known are ASPO, CISPO, DAPO"),
-    "unknown engine": (["--data.engine", "SGLang"], "Known are TransformersEngine, VLLMEngine"),
+    "unknown engine": (["--data.engine", "SGLang"], "TransformersEngine, VLLMEngine"),
     "no model folder": (["--model.model_name_or_path", "/no/such/folder"], "/no/such/folder doesn't exist"),
     "group of one": (["--data.group_size", "1"], "data.group_size is 1"),
     "negative clip range": (["--model.objective.clip_eps_low", "-0.2"], "clip_eps_low is -0.2"),
