@@ -2,9 +2,9 @@
 
     python scripts/bench_batching.py [--model FOLDER] [--lengths FILE.json]
 
-Two length distributions: that of a real phase (prompt + completion tokens of the quickstart model on its task, in
-docs/phase_lengths.json, or --lengths) and a heavy-tailed one (log-normal). The ceiling is what counting predicts:
-sum of padded tokens / sum of real tokens. Also the balance of ranks: max / mean cost.
+Two length distributions: that of a real phase (prompt and completion tokens of the quickstart model on longer sums, in
+docs/phase_lengths.json by scripts/sample_lengths.py, or --lengths) and a heavy-tailed one (log-normal). The ceiling is
+what counting predicts: sum of padded tokens / sum of real tokens. Also the balance of ranks: max / mean cost.
 """
 
 import argparse
