@@ -1,7 +1,7 @@
 """Runs inside the sandbox, by ``python -c``: sets the limits, then runs the code of a job. Standard library only.
 
-Never imported for what it does; ``sandbox.py`` sends its source. Expected answers never come in here together with
-the model's code.
+``sandbox.py`` sends its source; outside, only ``encode``, ``decode`` and ``die_with_parent`` are used. Expected answers
+never come in here together with the model's code.
 """
 
 import json
