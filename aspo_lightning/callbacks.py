@@ -91,8 +91,9 @@ class EvaluationReport(Callback):
 
 
 def peak_memory_gb() -> float:
-    """The most memory that this process (trainer and engine) ever held, in 10^9 bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """The most memory, in 10^9 bytes, that this process (trainer and engine) and the largest it started ever held."""
+    users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(resource.getrusage(user).ru_maxrss for user in users) * 1024 / 1e9
 
 
 @rank_zero_only
