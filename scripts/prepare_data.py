@@ -35,7 +35,6 @@ class Duplicates:
     def __init__(self, near: float) -> None:
         self.exact: set[bytes] = set()
         self.lsh = MinHashLSH(threshold=near, num_perm=128) if near < 1 else None
-        self.near = near
 
     def add(self, question: str) -> str | None:
         """Why the question is a duplicate; None, and it is remembered, if it is new."""
@@ -116,6 +115,7 @@ def main(
             temporary.write_text(json.dumps(state))
             temporary.replace(state_path)
 
+        save()  # from the first byte on, the file is known as one that can be gone on with
         rows = read_rows(source, subset, split)
         for index, (where, number, row) in enumerate(tqdm(rows, desc="prepare", unit="row")):
             if index < state["read"]:

@@ -89,8 +89,13 @@ def test_killed_and_started_again_it_writes_the_same_file(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    progress = tmp_path / "part.jsonl.progress"
+
+    def rows_saved():
+        return json.loads(progress.read_text())["read"] if progress.exists() else 0
+
     deadline = time.monotonic() + 60
-    while not (tmp_path / "part.jsonl.progress").exists() and time.monotonic() < deadline:
+    while not rows_saved() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

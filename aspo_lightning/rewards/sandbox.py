@@ -67,8 +67,8 @@ def run_script(code: str, stdin: bytes, limits: Limits, *, isolated: bool = True
         Process("script", code, limits, source.fd, isolated=isolated) as p,
     ):
         output = p.read_to_end()
-        if p.wait() != 0:
-            raise Failed(f"exit status {p.wait()}")
+        if (status := p.wait()) != 0:
+            raise Failed(f"exit status {status}")
     return output.decode(errors="replace")
 
 
