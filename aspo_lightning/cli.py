@@ -1,4 +1,4 @@
-"""The command line: ``aspo fit | validate | test | report``."""
+"""The command line: ``aspo fit | validate | test | export | report``."""
 
 import inspect
 import os
@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from aspo_lightning import report
+from aspo_lightning import export, report
 from aspo_lightning.callbacks import EvaluationReport, PhaseReport, peak_memory_gb
 from aspo_lightning.checkpoints import AtomicCheckpointIO, last_checkpoint
 from aspo_lightning.datamodule import RolloutDataModule
@@ -67,9 +67,9 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.log_dir is None:
+        if stage != "fit" or (log_dir := run_folder(trainer)) is None:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path, number = folder / "config.yaml", 0
         while path.exists():
@@ -134,6 +134,11 @@ class ASPOCLI(LightningCLI):
             print(fit_summary(self.trainer))
 
 
+def run_folder(trainer: Trainer) -> str | None:
+    """Where this run is logged. Unlike ``trainer.log_dir``, rank 0 can ask alone."""
+    return getattr(trainer.logger, "log_dir", None)
+
+
 def fit_summary(trainer: Trainer) -> str:
     """What came of a fit, where it is, and what to type next."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -149,9 +154,9 @@ def fit_summary(trainer: Trainer) -> str:
                 if name in report.after
             ),
             f"peak memory    {peak_memory_gb():.1f} GB",
-            f"TensorBoard    {trainer.log_dir}",
+            f"TensorBoard    {run_folder(trainer)}",
             f"checkpoint     {checkpoint.best_model_path}",
-            f"to look        tensorboard --logdir {trainer.log_dir}",
+            f"to look        tensorboard --logdir {run_folder(trainer)}",
             f"to resume      {command} --ckpt_path last",
             f"to go on       {command} --ckpt_path last --trainer.max_epochs {2 * (trainer.max_epochs or 1)}",
         ]
@@ -183,10 +188,14 @@ def check_writable(folder: Path) -> None:
 
 # Of libraries, and nothing that a user could act on.
 HARMLESS_WARNINGS = [
+    r"Total length of `list` across ranks is zero",  # a run without held-out tasks
     r".*torch\.distributed\.reduce_op.* is deprecated",  # vLLM looks at it
     r".*LeafSpec.* is deprecated",  # Lightning uses it
     r"It is recommended to use .self\.log\(.*sync_dist=True",  # it is used; vLLM's process group confuses Lightning
 ]
+
+
+TOOLS = {"export": export.main, "report": report.main}
 
 
 def main() -> None:
@@ -194,8 +203,8 @@ def main() -> None:
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     try:
-        if sys.argv[1:2] == ["report"]:
-            return report.main(sys.argv[2:])
+        if tool := TOOLS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
+            return tool(sys.argv[2:])
         ASPOCLI(
             ASPOModule,
             RolloutDataModule,

@@ -7,13 +7,16 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.models import resolve_model
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, ScoredCausalLM
 from aspo_lightning.types import Evaluation, MicroBatch
+from aspo_lightning.weights import full_weights, set_adapters, whole
 
 TOKEN_METRICS = [
     "entropy",
@@ -45,6 +48,8 @@ class ASPOModule(LightningModule):
         attn_implementation: as in transformers; ``flash_attention_2`` on GPUs.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         chunk_size: vocabulary entries whose logits the scorer holds at a time.
+        lora_rank: trains low-rank adapters of this rank instead of the weights. 0: the weights.
+        lora_alpha: the adapters' product is scaled by lora_alpha / lora_rank.
     """
 
     def __init__(
@@ -61,12 +66,16 @@ class ASPOModule(LightningModule):
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
+        lora_rank: int = 0,
+        lora_alpha: float = 32.0,
     ) -> None:
         super().__init__()
         if kl_coef < 0:
             raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
         if chunk_size < 1:
             raise ConfigError(f"model.chunk_size is {chunk_size}; it must be at least 1.")
+        if lora_rank < 0:
+            raise ConfigError(f"model.lora_rank is {lora_rank}; it is >= 0 (0 trains the weights themselves).")
         self.model_name_or_path = resolve_model(model_name_or_path)
         self.objective = objective
         # Logits of a greedy policy have no temperature to be divided by; sampling is checked by the data module.
@@ -81,7 +90,10 @@ class ASPOModule(LightningModule):
             "attn_implementation": attn_implementation,
             "gradient_checkpointing": gradient_checkpointing,
             "chunk_size": chunk_size,
+            "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
         }
+        self.strict_loading = lora_rank == 0  # a frozen base is in no checkpoint
         self.policy: ScoredCausalLM | None = None
         self.reference: ScoredCausalLM | None = None
         self.token_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in TOKEN_METRICS})
@@ -96,11 +108,16 @@ class ASPOModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy = ScoredCausalLM.from_pretrained(self.model_name_or_path, **self.load_settings)
-        reference = None
-        if self.kl_coef > 0:
-            reference = ScoredCausalLM.from_pretrained(self.model_name_or_path, **self.load_settings)
-            reference = reference.eval().requires_grad_(False)
+        # With adapters the reference is the policy without them.
+        copies = 2 if self.kl_coef > 0 and not self.load_settings["lora_rank"] else 1
+        strategy = self.trainer.strategy if self._trainer else None
+        if isinstance(strategy, FSDP2Strategy):
+            models = strategy.load(self.model_name_or_path, copies=copies, **self.load_settings)
+        else:
+            models = [
+                ScoredCausalLM.from_pretrained(self.model_name_or_path, **self.load_settings) for _ in range(copies)
+            ]
+        self.policy, reference = models[0], models[1].eval().requires_grad_(False) if copies == 2 else None
         # Not a registered submodule: so it is in no checkpoint and no optimizer, and train() leaves it alone.
         object.__setattr__(self, "reference", reference)
 
@@ -113,6 +130,10 @@ class ASPOModule(LightningModule):
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
 
+    def on_fit_start(self) -> None:
+        if self.reference is not None and not isinstance(self.reference, FSDPModule):
+            self.reference.to(self.device)
+
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(old_logprobs[N], ref_logprobs[N]) of a micro-batch, on the CPU. Called while a phase is built."""
@@ -121,9 +142,14 @@ class ASPOModule(LightningModule):
         # In the precision of training_step: otherwise the first ratio isn't 1.
         with self.trainer.precision_plugin.forward_context():
             old, _ = self.policy(batch, temperature=self.temperature)
-            if self.reference is None:
-                return old.cpu(), torch.zeros_like(old, device="cpu")
-            ref, _ = self.reference.to(self.device)(batch, temperature=self.temperature)
+            if self.kl_coef == 0:
+                ref = torch.zeros_like(old)
+            elif self.reference is not None:
+                ref, _ = self.reference(batch, temperature=self.temperature)
+            else:
+                set_adapters(self.policy, False)
+                ref, _ = self.policy(batch, temperature=self.temperature)
+                set_adapters(self.policy, True)
         return old.cpu(), ref.cpu()
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
@@ -167,6 +193,7 @@ class ASPOModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        norm = whole(norm)  # over all ranks
         if norm == 0:
             # No group told anything in this phase. AdamW would still move the weights, by momentum and decay.
             optimizer.zero_grad(set_to_none=True)
@@ -175,8 +202,15 @@ class ASPOModule(LightningModule):
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of each weight, one at a time; tied weights once. For the engine."""
         assert self.policy is not None
-        for name, parameter in self.policy.lm.named_parameters():
-            yield name, parameter.detach()
+        return full_weights(self.policy.lm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.policy is not None
+        frozen = {
+            f"policy.{name}" for name, p in self.policy.named_parameters(remove_duplicate=False) if not p.requires_grad
+        }
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **self.load_settings}  # for aspo export
 
     def validation_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log_dict(

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.matmul import matmul, use_fast_linears
 from aspo_lightning.types import MicroBatch
+from aspo_lightning.weights import add_lora
 
 DEFAULT_CHUNK_SIZE = 4096
 
@@ -164,18 +165,28 @@ class ScoredCausalLM(nn.Module):
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
+        lora_rank: int = 0,
+        lora_alpha: float = 32.0,
+        weights: bool = True,
     ) -> "ScoredCausalLM":
         """Loads a hub name or a local folder, with every dropout switched off.
 
-        Dropout would make the policy differ from itself between rollout, old log-probs and update.
+        Dropout would make the policy differ from itself between rollout, old log-probs and update. Without ``weights``
+        the model is on the meta device, where it takes no memory.
         """
         config = AutoConfig.from_pretrained(model_name_or_path)
         for key, value in config.to_dict().items():
             if key.endswith(("dropout", "_pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
-        lm = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, config=config, dtype=dtype, attn_implementation=attn_implementation
-        )
+        settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+        if weights:
+            lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, config=config, **settings)
+        else:
+            with torch.device("meta"):
+                lm = AutoModelForCausalLM.from_config(config, **settings)
+        with lm.device:
+            if lora_rank:
+                add_lora(lm, lora_rank, lora_alpha)
         if gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(lm.train(), chunk_size=chunk_size)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from aspo_lightning.engines.base import Generator, SamplingRequest
@@ -61,6 +62,11 @@ class VLLMEngine(Generator):
         from vllm import LLM
 
         on_cpu = not torch.cuda.is_available()
+        distributed: dict[str, Any] = {}
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # An engine a rank, inside the trainer's process group.
+            os.environ.setdefault("RANK", str(dist.get_rank()))  # Lightning's own launcher leaves it out
+            distributed = {"distributed_executor_backend": "external_launcher"}
         kv_cache_gib = 1.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
         cpu_settings = {
             # A prompt cut in two chunks while it is sampled with a seed fails on a CPU ("CPU Generator does not use
@@ -79,6 +85,7 @@ class VLLMEngine(Generator):
             gpu_memory_utilization=self.gpu_memory_utilization,
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
             **(cpu_settings if on_cpu else {"enforce_eager": self.enforce_eager}),
+            **distributed,
         )
 
     def generate(self, requests: Sequence[SamplingRequest], *, description: str) -> list[Completion]:

@@ -1,0 +1,92 @@
+"""``aspo export RUN_OR_CKPT OUT_DIR``: the policy of a checkpoint as a Hugging Face folder."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as dcp
+
+from aspo_lightning.checkpoints import METADATA, newest_checkpoint
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.models import load_tokenizer
+from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.weights import full_weights
+
+
+def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the policy's weights (adapters merged), config and tokenizer; all of it or nothing.
+
+    Args:
+        source: a run's folder (its newest checkpoint is taken), or a checkpoint: a file, or a sharded one's folder.
+        target: the folder to make.
+        dtype: of the weights written. None: as they were trained.
+
+    Raises:
+        ConfigError: if ``source`` is no checkpoint, or ``target`` holds something.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not an empty folder. Choose another place.")
+    policy, name = load_policy(find_checkpoint(source))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        folder = Path(temporary) / target.name
+        weights = {key: value.to(dtype or value.dtype) for key, value in full_weights(policy.lm)}
+        policy.lm.config.dtype = dtype or policy.lm.dtype
+        policy.lm.save_pretrained(folder, state_dict=weights)
+        load_tokenizer(name).save_pretrained(folder)
+        folder.rename(target)
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint that a user means by a run's folder or a path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if (source / "checkpoints").is_dir():
+        return newest_checkpoint(source)
+    if source.is_file() or (source / METADATA).is_file():
+        return source
+    raise ConfigError(
+        f"{source} is neither a run's folder (like runs/quickstart/version_0) nor a checkpoint (like "
+        "runs/quickstart/version_0/checkpoints/epoch_00029.ckpt)."
+    )
+
+
+def load_policy(checkpoint: Path) -> tuple[ScoredCausalLM, str]:
+    """The policy of a checkpoint on the CPU, and the model that it was trained from.
+
+    Raises:
+        ConfigError: if it was not written by ``aspo fit``.
+    """
+    sharded = checkpoint.is_dir()
+    # Not weights_only: like a resumed run, this trusts what the run wrote.
+    rest: dict[str, Any] = torch.load(checkpoint / METADATA if sharded else checkpoint, mmap=True, weights_only=False)
+    if "model" not in rest:
+        raise ConfigError(f"{checkpoint} is no checkpoint of `aspo fit`: it doesn't tell which model it is of.")
+    settings = dict(rest["model"])
+    name = settings.pop("model_name_or_path")
+    policy = ScoredCausalLM.from_pretrained(name, **{**settings, "attn_implementation": "sdpa"})
+    frozen = {n for n, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    if sharded:
+        state = {f"policy.{n}": value for n, value in policy.state_dict().items() if n not in frozen}
+        dcp.load({"state_dict": state}, checkpoint_id=checkpoint, no_dist=True)  # into the policy's own tensors
+    else:
+        state = {k.removeprefix("policy."): v for k, v in rest["state_dict"].items()}
+        missing, unknown = policy.load_state_dict(state, strict=False)
+        if wrong := [*unknown, *(set(missing) - frozen)]:
+            raise ConfigError(f"The weights in {checkpoint} are not those of {name}: see {', '.join(wrong[:3])}.")
+    return policy, name
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="aspo export", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CKPT", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("target", type=Path, metavar="OUT_DIR", help="the folder to make")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained")
+    options = parser.parse_args(arguments)
+    export(options.source, options.target, getattr(torch, options.dtype) if options.dtype else None)
+    print(f"Exported to {options.target}")

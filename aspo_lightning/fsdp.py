@@ -1,0 +1,202 @@
+"""FSDP2: policy and reference sharded block by block. ``--trainer.strategy fsdp2``.
+
+Lightning's ModelParallelStrategy with one dimension, data parallel, and what it leaves open: no communication between
+the micro-batches of an optimizer step, checkpoints written whole or not at all, and a model that no rank but the first
+ever holds unsharded.
+"""
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from aspo_lightning.checkpoints import METADATA, sync_to_disk
+from aspo_lightning.scorer import ScoredCausalLM
+
+TRAINED = StateDictOptions(ignore_frozen_params=True)  # all that a checkpoint holds
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards weights, gradients and optimizer state over all ranks.
+
+    Args:
+        reduce_each_micro_batch: reduces gradients and frees gathered weights after every micro-batch. Otherwise that
+            happens once an optimizer step, which takes less communication and holds the whole gradient in float32 on
+            every rank until then.
+        cpu_offload: weights, gradients and optimizer state stay in the host's memory; layers visit the GPU.
+        timeout_minutes: how long ranks wait for one another, e.g. for the longest completion of a phase.
+    """
+
+    def __init__(
+        self, reduce_each_micro_batch: bool = False, cpu_offload: bool = False, timeout_minutes: int = 120
+    ) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        self.reduce_each_micro_batch = reduce_each_micro_batch
+        self.cpu_offload = cpu_offload
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def _get_process_group_backend(self) -> str:
+        # What stays on the host (rollouts; with cpu_offload gradients too) is exchanged there.
+        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
+
+    def load(self, model_name_or_path: str, *, copies: int, **settings: Any) -> list[ScoredCausalLM]:
+        """Sharded copies of a model. Rank 0 reads it, the others get their shards tensor by tensor."""
+        source = ScoredCausalLM.from_pretrained(model_name_or_path, **settings) if self.global_rank == 0 else None
+        precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        if self.precision_plugin.precision == "bf16-mixed":
+            precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if settings["dtype"] == torch.float64:
+            precision = MixedPrecisionPolicy()
+        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
+        return [
+            load_sharded(
+                source,
+                model_name_or_path,
+                settings,
+                mesh=self.device_mesh["data_parallel"],
+                device=torch.device("cpu") if self.cpu_offload else self.root_device,
+                mp_policy=precision,
+                offload_policy=offload,
+            )
+            for _ in range(copies)
+        ]
+
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None
+        for child in self.lightning_module.children():
+            if not isinstance(child, FSDPModule):  # those are where they belong
+                child.to(self.root_device)
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Entered by Lightning for all micro-batches of an optimizer step but the last."""
+        if self.reduce_each_micro_batch:
+            yield
+            return
+        assert self.lightning_module is not None
+        roots = [m for m in self.lightning_module.children() if isinstance(m, FSDPModule)]
+
+        def set_communication(enabled: bool) -> None:
+            for root in roots:
+                root.set_requires_gradient_sync(enabled)
+                root.set_reshard_after_backward(enabled)
+                root.set_reshard_after_forward(enabled)
+
+        set_communication(False)
+        try:
+            yield
+        finally:
+            set_communication(True)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=TRAINED)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Of any number of ranks; or a file written without this strategy."""
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None
+        state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model, options=TRAINED)}
+        for i, optimizer in enumerate(self.optimizers):
+            state[f"optimizer_{i}"] = get_optimizer_state_dict(self.model, optimizer, options=TRAINED)
+        dcp.load(state, checkpoint_id=path)
+        # Not strict: a frozen base is in no checkpoint. What is trained was found, or dcp.load would have raised.
+        set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=False))
+        for i, optimizer in enumerate(self.optimizers):
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"], options=TRAINED)
+        return torch.load(path / METADATA, weights_only=False)  # type: ignore[no-any-return]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """A folder in torch's distributed format, that gets its name when all ranks have written to it."""
+        path = Path(self.broadcast(filepath))
+        temporary = path.with_name(f".{path.name}.tmp")
+        if self.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        self.barrier()
+        super().save_checkpoint(checkpoint, temporary)
+        self.barrier()
+        if self.is_global_zero:
+            for file in temporary.iterdir():
+                sync_to_disk(file)
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)  # noqa: PTH105
+            sync_to_disk(path.parent)
+        self.barrier()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: everything sharded over all ranks")
+
+
+def load_sharded(
+    source: ScoredCausalLM | None,
+    model_name_or_path: str,
+    settings: dict[str, Any],
+    *,
+    mesh: DeviceMesh,
+    device: torch.device,
+    **policies: Any,
+) -> ScoredCausalLM:
+    """A sharded copy of ``source``, which only rank 0 has. Collective."""
+    model = ScoredCausalLM.from_pretrained(model_name_or_path, weights=False, **settings)
+    for block in blocks(model.lm):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, **policies)
+    # The root holds embedding, last norm and head. It is resharded as well: then weights are always sharded between
+    # forward passes, whatever comes next.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, **policies)
+    model.to_empty(device=device)
+    model.lm.tie_weights()
+    set_model_state_dict(
+        model,
+        source.state_dict() if source else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    # Those in no state dict: a rotary embedding's frequencies and the like. FSDP leaves buffers whole.
+    persistent = set(model.state_dict())
+    buffers = dict(source.named_buffers()) if source else {}
+    shared: list[Any] = [
+        source.packs if source else None,
+        {n: b.cpu() for n, b in buffers.items() if n not in persistent},
+    ]
+    dist.broadcast_object_list(shared, src=0)
+    model.packs = shared[0]
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    for name, value in shared[1].items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, value.to(device))
+    return model
+
+
+def blocks(lm: nn.Module) -> list[nn.Module]:
+    """The layers that are gathered one at a time: those that transformers keeps on one device."""
+    names = set(lm._no_split_modules or ())  # type: ignore[arg-type]
+    return [module for module in lm.modules() if type(module).__name__ in names]

@@ -1,0 +1,58 @@
+"""The policy's weights as the hub names them: whole, adapters merged, one tensor at a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+ADAPTER = "default"  # peft's name for an only adapter
+
+
+def add_lora(lm: PreTrainedModel, rank: int, alpha: float) -> None:
+    """Freezes ``lm`` and puts a low-rank adapter at every linear layer but the head (LoRA, arXiv 2106.09685).
+
+    The adapters' product is zero at first: nothing changes until they are trained.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    inject_adapter_in_model(config, lm, ADAPTER)
+
+
+def set_adapters(lm: nn.Module, enabled: bool) -> None:
+    """Switches adapters on or off; off, the model is its base."""
+    for module in lm.modules():
+        if isinstance(module, LoraLayer):
+            module._disable_adapters = not enabled  # enable_adapters() would also switch requires_grad
+
+
+@torch.no_grad()
+def full_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(hub name, full tensor) of each weight, tied weights once; collective where the model is sharded.
+
+    Only one full tensor exists at a time, if the caller keeps none.
+    """
+    adapted: dict[str, Any] = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        tensor = whole(parameter.detach())
+        if owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+            name = f"{owner}.{attribute}"
+            if attribute == "weight":
+                layer = adapted[owner]
+                low, high = (whole(m[ADAPTER].weight.detach()) for m in (layer.lora_A, layer.lora_B))
+                tensor = torch.addmm(tensor, high, low, alpha=layer.scaling[ADAPTER])
+        # transformers keeps some weights in other shapes than the hub, e.g. the experts of a layer as one.
+        yield from revert_weight_conversion(lm, {name: tensor}).items()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one (collective); any other unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
