@@ -13,7 +13,7 @@ from aspo_lightning.checkpoints import METADATA, newest_checkpoint
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.models import load_tokenizer
 from aspo_lightning.scorer import ScoredCausalLM
-from aspo_lightning.weights import full_weights
+from aspo_lightning.weights import full_weights, without_frozen
 
 
 def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -70,14 +70,14 @@ def load_policy(checkpoint: Path) -> tuple[ScoredCausalLM, str]:
     settings = dict(rest["model"])
     name = settings.pop("model_name_or_path")
     policy = ScoredCausalLM.from_pretrained(name, **{**settings, "attn_implementation": "sdpa"})
-    frozen = {n for n, p in policy.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    trained = without_frozen(policy, policy.state_dict())
     if sharded:
-        state = {f"policy.{n}": value for n, value in policy.state_dict().items() if n not in frozen}
+        state = {f"policy.{name}": value for name, value in trained.items()}
         dcp.load({"state_dict": state}, checkpoint_id=checkpoint, no_dist=True)  # into the policy's own tensors
     else:
         state = {k.removeprefix("policy."): v for k, v in rest["state_dict"].items()}
         missing, unknown = policy.load_state_dict(state, strict=False)
-        if wrong := [*unknown, *(set(missing) - frozen)]:
+        if wrong := [*unknown, *(set(missing) & set(trained))]:
             raise ConfigError(f"The weights in {checkpoint} are not those of {name}: see {', '.join(wrong[:3])}.")
     return policy, name
 

@@ -36,8 +36,7 @@ from torch.distributed.fsdp import (
 
 from aspo_lightning.checkpoints import METADATA, sync_to_disk
 from aspo_lightning.scorer import ScoredCausalLM
-
-TRAINED = StateDictOptions(ignore_frozen_params=True)  # all that a checkpoint holds
+from aspo_lightning.weights import without_frozen
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -115,24 +114,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         finally:
             set_communication(True)
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.model is not None
-        return get_model_state_dict(self.model, options=TRAINED)
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Of any number of ranks; or a file written without this strategy."""
         path = Path(self.broadcast(checkpoint_path))
         if not path.is_dir():
             return super().load_checkpoint(path, weights_only)
         assert self.model is not None
-        state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model, options=TRAINED)}
+        state: dict[str, Any] = {"state_dict": without_frozen(self.model, get_model_state_dict(self.model))}
         for i, optimizer in enumerate(self.optimizers):
-            state[f"optimizer_{i}"] = get_optimizer_state_dict(self.model, optimizer, options=TRAINED)
+            state[f"optimizer_{i}"] = get_optimizer_state_dict(self.model, optimizer)
         dcp.load(state, checkpoint_id=path)
         # Not strict: a frozen base is in no checkpoint. What is trained was found, or dcp.load would have raised.
         set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=False))
         for i, optimizer in enumerate(self.optimizers):
-            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"], options=TRAINED)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
         return torch.load(path / METADATA, weights_only=False)  # type: ignore[no-any-return]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

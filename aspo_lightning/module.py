@@ -16,7 +16,7 @@ from aspo_lightning.models import resolve_model
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, ScoredCausalLM
 from aspo_lightning.types import Evaluation, MicroBatch
-from aspo_lightning.weights import full_weights, set_adapters, whole
+from aspo_lightning.weights import full_weights, set_adapters, whole, without_frozen
 
 TOKEN_METRICS = [
     "entropy",
@@ -205,11 +205,7 @@ class ASPOModule(LightningModule):
         return full_weights(self.policy.lm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.policy is not None
-        frozen = {
-            f"policy.{name}" for name, p in self.policy.named_parameters(remove_duplicate=False) if not p.requires_grad
-        }
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **self.load_settings}  # for aspo export
 
     def validation_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -1,6 +1,6 @@
 """The policy's weights as the hub names them: whole, adapters merged, one tensor at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,12 @@ def full_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 tensor = torch.addmm(tensor, high, low, alpha=layer.scaling[ADAPTER])
         # transformers keeps some weights in other shapes than the hub, e.g. the experts of a layer as one.
         yield from revert_weight_conversion(lm, {name: tensor}).items()
+
+
+def without_frozen(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of ``module`` without the parameters that aren't trained, under any of their names."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in state_dict.items() if name not in frozen}
 
 
 def whole(tensor: Tensor) -> Tensor:
