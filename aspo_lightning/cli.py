@@ -202,6 +202,7 @@ def main() -> None:
     """Entry point of the console script ``aspo``."""
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    sys.path.append(str(Path.cwd()))  # parts that a user wrote, like my_package.MyObjective
     try:
         if tool := TOOLS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
             return tool(sys.argv[2:])

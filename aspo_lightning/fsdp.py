@@ -7,14 +7,17 @@ ever holds unsharded.
 
 import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
@@ -129,6 +132,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         for i, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
         return torch.load(path / METADATA, weights_only=False)  # type: ignore[no-any-return]
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Says which other rank ended first: what is raised here then is only that a connection was lost."""
+        for rank, process in enumerate(getattr(self._launcher, "procs", []), start=1):
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=1)
+                reason = f"it was killed by {signal.Signals(-code).name}" if code < 0 else "see its own error"
+                rank_zero_info(f"Rank {rank} of this machine ended: {reason}.")
+        super().on_exception(exception)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """A folder in torch's distributed format, that gets its name when all ranks have written to it."""

@@ -118,9 +118,12 @@ class VLLMEngine(Generator):
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         llm = self._running()
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            llm.apply_model(_forget_expert_kernels)
         # reload_weights and not load_weights: the CPU build packs weights after loading, which must happen again.
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        if not torch.cuda.is_available():
+        if on_cpu:
             llm.apply_model(_pack_head)
             _return_free_memory()
         if not llm.reset_prefix_cache():
@@ -142,6 +145,13 @@ def _pack_head(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Has a mixture's experts packed again by the reload, which only does so where there is no kernel yet."""
+    for module in model.modules():
+        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+            module.quant_method.moe_kernel = None  # type: ignore[union-attr]
 
 
 def _return_free_memory() -> None:

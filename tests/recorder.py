@@ -1,0 +1,61 @@
+"""A callback that writes down what each rank of a run saw, and can make a rank fail. Used through `aspo fit`."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from aspo_lightning.engines import SamplingRequest
+from aspo_lightning.types import MicroBatch
+from aspo_lightning.weights import whole
+
+PROBE = [tuple(range(40, 40 + n)) for n in (3, 8, 5)]
+
+
+class Recorder(Callback):
+    """Writes FOLDER/rank_R.pt: completions, gradients and the engine's log-probs less the trainer's, and the
+    final weights and log-probs.
+
+    ``fault`` is ``raise`` or ``kill``, on ``fault_rank`` in the second epoch.
+    """
+
+    def __init__(self, folder: str, fault: str | None = None, fault_rank: int = 1) -> None:
+        self.folder, self.fault, self.fault_rank = Path(folder), fault, fault_rank
+        self.phases, self.gradients, self.probes = [], [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        phase = trainer.datamodule.phase
+        self.phases.append(
+            {
+                "completions": [(g.prompt.id, r.completion_ids, r.reward) for g in phase.groups for r in g.rollouts],
+                "accumulate": phase.accumulate,
+                "tokens": sum(len(batch.targets) for batch in phase.micro_batches),
+                "loss_weight": sum(batch.loss_weights.double().sum().item() for batch in phase.micro_batches),
+            }
+        )
+        requests = [SamplingRequest(prompt, 8, seed=5) for prompt in PROBE]
+        completions = trainer.datamodule.engine.generate(requests, description="probe")
+        batch = MicroBatch.from_sequences(
+            [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
+            generator_logprobs=[c.generator_logprobs for c in completions],
+        )
+        self.probes.append((pl_module.score(batch)[0] - batch.generator_logprobs).abs().max().item())
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.fault and trainer.current_epoch == 1 and trainer.global_rank == self.fault_rank:
+            if self.fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError(f"rank {self.fault_rank} was told to fail")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append(torch.cat([whole(p.grad).flatten() for p in pl_module.parameters() if p.requires_grad]))
+
+    def on_train_end(self, trainer, pl_module):
+        record = {key: getattr(self, key) for key in ("phases", "gradients", "probes")}
+        batch = MicroBatch.from_sequences([(prompt, range(60, 70)) for prompt in PROBE])
+        record["logprobs"] = pl_module.score(batch)[0]
+        record["weights"] = {name: tensor.clone() for name, tensor in pl_module.policy_weights()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(record, self.folder / f"rank_{trainer.global_rank}.pt")
