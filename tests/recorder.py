@@ -32,7 +32,7 @@ class Recorder(Callback):
                 "completions": [(g.prompt.id, r.completion_ids, r.reward) for g in phase.groups for r in g.rollouts],
                 "accumulate": phase.accumulate,
                 "tokens": sum(len(batch.targets) for batch in phase.micro_batches),
-                "loss_weight": sum(batch.loss_weights.double().sum().item() for batch in phase.micro_batches),
+                "kl": max((b.old_logprobs - b.ref_logprobs).abs().max().item() for b in phase if len(b.targets)),
             }
         )
         requests = [SamplingRequest(prompt, 8, seed=5) for prompt in PROBE]

@@ -1,20 +1,26 @@
 """FSDP2 and LoRA as a user runs them: real processes over gloo, a vLLM engine on each rank, real checkpoints."""
 
+import copy
+import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from aspo_lightning import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
 from tests.conftest import save_model, save_tokenizer
 from tests.recorder import PROBE
-from tests.test_cli import ASPO, ROOT, aspo, tiny_config, write
+from tests.test_cli import ASPO, ROOT, aspo, aspo_here, tiny_config
 
 SHARDED = ["--trainer.strategy", "fsdp2", "--trainer.devices"]
 
@@ -22,9 +28,10 @@ SHARDED = ["--trainer.strategy", "fsdp2", "--trainer.devices"]
 class Runs:
     """Runs of one config; each is recorded by rank, in a folder of its own."""
 
-    def __init__(self, model: str, folder: Path, **model_settings) -> None:
+    def __init__(self, model: str, folder: Path, data: dict | None = None, **model_settings) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
-        config = tiny_config(model, folder, prompts_per_phase=6, no_spread="keep")
+        config = tiny_config(model, folder, prompts_per_phase=6, no_spread="keep", **(data or {}))
         # SGD: AdamW would make steps of full size out of the rounding of gradients near zero.
         config["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
         config["model"].update(model_settings)
@@ -33,35 +40,116 @@ class Runs:
         self.config = config
 
     def command(self, name: str, *args: str, **recorder) -> list[str]:
-        config = {**self.config, "trainer": dict(self.config["trainer"])}
+        config = copy.deepcopy(self.config)
         config["trainer"]["callbacks"] = [
             {"class_path": "tests.recorder.Recorder", "init_args": {"folder": str(self.folder / name), **recorder}}
         ]
         config["trainer"]["logger"]["init_args"]["name"] = f"run_{name}"
-        return ["fit", "--config", write(self.folder, config), *args]
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return ["fit", "--config", str(path), *args]
 
-    def record(self, name: str, *args: str) -> list[dict]:
-        result = aspo(*self.command(name, *args))
-        assert result.returncode == 0, result.stderr[-3000:]
+    def records(self, name: str) -> list[dict]:
         return [torch.load(path, weights_only=False) for path in sorted((self.folder / name).iterdir())]
 
     def checkpoint(self, name: str, epoch: int) -> Path:
         return self.folder / f"run_{name}" / "version_0" / "checkpoints" / f"epoch_{epoch:05d}.ckpt"
 
 
+def on_ranks(ranks: int, folder: Path, commands: list[list[str]]) -> None:
+    """The commands in ``ranks`` processes, which find each other as those of a cluster do."""
+    file = folder / f"commands_{ranks}.json"
+    file.write_text(json.dumps([(free_port(), command) for command in commands]))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "fits.py"), str(file)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        errors = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, errors[-5000:]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def untied_model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("untied")
+    save_model(folder, tie_word_embeddings=False, hidden_size=256, intermediate_size=512)
+    save_tokenizer(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory):
-    return Runs(tiny_model, tmp_path_factory.mktemp("sharded"))
+    """`two` as a user starts it, by Lightning's own launcher; all others as a cluster does."""
+    runs = Runs(tiny_model, tmp_path_factory.mktemp("sharded"))
+    result = aspo(*runs.command("two", *SHARDED, "2"))
+    assert result.returncode == 0, result.stderr[-5000:]
+    return runs
 
 
 @pytest.fixture(scope="module")
-def one(runs):
-    return runs.record("one")[0]
+def lora_runs(untied_model, tmp_path_factory):
+    runs = Runs(untied_model, tmp_path_factory.mktemp("lora"), lora_rank=2)
+    runs.config["model"]["optimizer"]["init_args"]["lr"] = 1.0
+    return runs
 
 
 @pytest.fixture(scope="module")
-def two(runs):
-    return runs.record("two", *SHARDED, "2")
+def sparse_runs(tiny_model, tmp_path_factory):
+    """Room for one sequence in a micro-batch: three sequences make 2 x 2 of them, one empty."""
+    data = {"group_size": 3, "optimizer_steps": 1, "max_prompt_length": 8, "token_budget": 24}
+    runs = Runs(tiny_model, tmp_path_factory.mktemp("sparse"), data)
+    runs.config["data"]["prompts_per_phase"] = 1
+    return runs
+
+
+@pytest.fixture(scope="module")
+def started(runs, lora_runs, sparse_runs):
+    """All runs that finish well."""
+    after_first = ["--ckpt_path", str(runs.checkpoint("two", 0))]
+    on_ranks(
+        1,
+        runs.folder,
+        [
+            runs.command("one"),
+            sparse_runs.command("one"),
+            runs.command("two_to_one", *SHARDED, "1", *after_first, "--trainer.max_epochs", "2"),
+        ],
+    )
+    on_ranks(
+        2,
+        runs.folder,
+        [
+            runs.command("two_to_two", *SHARDED, "2", *after_first),
+            runs.command("one_to_two", *SHARDED, "2", "--ckpt_path", str(runs.checkpoint("two_to_one", 1))),
+            sparse_runs.command("two", *SHARDED, "2"),
+            lora_runs.command("two", *SHARDED, "2"),
+            lora_runs.command("again", *SHARDED, "2", "--ckpt_path", str(lora_runs.checkpoint("two", 1))),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def one(runs, started):
+    return runs.records("one")[0]
+
+
+@pytest.fixture(scope="module")
+def two(runs, started):
+    return runs.records("two")
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -94,18 +182,15 @@ def test_after_each_sync_every_ranks_engine_has_the_weights(one, two):
 
 
 def test_checkpoints_go_on_on_any_number_of_ranks(runs, one, two):
-    after_first = ["--ckpt_path", str(runs.checkpoint("two", 0))]
-    again = runs.record("two_to_two", *SHARDED, "2", *after_first)
+    again = runs.records("two_to_two")
     for name, weight in two[0]["weights"].items():
         assert torch.equal(again[0]["weights"][name], weight)
-    # Two ranks' checkpoint on one, and what that writes on two.
-    runs.record("two_to_one", *SHARDED, "1", *after_first, "--trainer.max_epochs", "2")
-    last = runs.record("one_to_two", *SHARDED, "2", "--ckpt_path", str(runs.checkpoint("two_to_one", 1)))
+    last = runs.records("one_to_two")  # from two ranks over one to two
     assert last[0]["phases"][0]["completions"] == one["phases"][2]["completions"]
     assert distance(last[0]["weights"], one["weights"]) < 1e-5
 
 
-def test_a_sharded_checkpoint_holds_the_policy_alone_and_says_what_it_needs(runs, two):
+def test_a_sharded_checkpoint_holds_the_policy_alone_and_says_what_it_needs(runs, two, monkeypatch):
     folder = runs.checkpoint("two", 2)
     assert {"meta.pt", ".metadata"} < {path.name for path in folder.iterdir()}
     from torch.distributed.checkpoint import FileSystemReader
@@ -114,9 +199,9 @@ def test_a_sharded_checkpoint_holds_the_policy_alone_and_says_what_it_needs(runs
     assert {key for key in metadata if key.startswith("state_dict.")} == {
         f"state_dict.policy.lm.{name}" for name in [*two[0]["weights"], "lm_head.weight"]
     }
-    result = aspo(*runs.command("refused", "--ckpt_path", str(folder)))
-    assert result.returncode == 1
-    assert "--trainer.strategy fsdp2" in result.stderr.splitlines()[-1]
+    assert aspo_here(monkeypatch, *runs.command("refused", "--ckpt_path", str(folder))).endswith(
+        "Go on from it by --trainer.strategy fsdp2, on any number of ranks (--trainer.devices 1 too)."
+    )
 
 
 def plain_logprobs(folder: Path, prompt: tuple[int, ...], completion: tuple[int, ...], temperature=1.0):
@@ -128,8 +213,7 @@ def plain_logprobs(folder: Path, prompt: tuple[int, ...], completion: tuple[int,
 
 def check_export(run: Path, target: Path, record: dict) -> None:
     """The exported folder gives the live policy's log-probs in plain transformers, and in vLLM."""
-    result = aspo("export", str(run), str(target))
-    assert result.returncode == 0, result.stderr
+    export.main([str(run), str(target)])
     ours = torch.cat([plain_logprobs(target, prompt, tuple(range(60, 70))) for prompt in PROBE])
     torch.testing.assert_close(ours, record["logprobs"], rtol=0, atol=1e-4)
     engine = VLLMEngine(kv_cache_gib=0.05)
@@ -139,50 +223,55 @@ def check_export(run: Path, target: Path, record: dict) -> None:
     for prompt, completion in zip(PROBE, completions, strict=True):
         theirs = plain_logprobs(target, prompt, completion.completion_ids)
         torch.testing.assert_close(torch.tensor(completion.generator_logprobs), theirs, rtol=0, atol=1e-4)
-    before = {path: path.read_bytes() for path in target.iterdir()}
-    again = aspo("export", str(run), str(target))
-    assert again.returncode == 1
-    assert "not an empty folder" in again.stderr
-    assert {path: path.read_bytes() for path in target.iterdir()} == before
 
 
-def test_exports_of_full_and_sharded_checkpoints_are_the_policy(runs, one, two, tmp_path):
+def test_exports_are_the_policy(runs, lora_runs, one, two, tmp_path):
     check_export(runs.checkpoint("one", 2), tmp_path / "full", one)
     check_export(runs.folder / "run_two" / "version_0", tmp_path / "sharded", two[0])
+    check_export(lora_runs.checkpoint("two", 2), tmp_path / "lora", lora_runs.records("two")[0])
 
 
-@pytest.fixture(scope="module")
-def untied_model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("untied")
-    save_model(folder, tie_word_embeddings=False, hidden_size=256, intermediate_size=512)
-    save_tokenizer(folder)
-    return str(folder)
-
-
-def test_lora_on_two_ranks(untied_model, tmp_path):
-    runs = Runs(
-        untied_model, tmp_path, lora_rank=2, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}
+def test_an_export_overwrites_nothing_and_wants_a_checkpoint(runs, one, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint = str(runs.checkpoint("one", 2))
+    assert "not an empty folder" in aspo_here(monkeypatch, "export", checkpoint, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert "neither a run's folder" in aspo_here(monkeypatch, "export", str(tmp_path), str(tmp_path / "out"))
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "no checkpoint of `aspo fit`" in aspo_here(
+        monkeypatch, "export", str(tmp_path / "other.ckpt"), str(tmp_path / "out")
     )
-    two = runs.record("two", *SHARDED, "2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_on_two_ranks(untied_model, lora_runs, started):
+    two, again = lora_runs.records("two"), lora_runs.records("again")
     assert max(two[0]["probes"] + two[1]["probes"]) < 1e-4  # merged weights reach the engine
     base = load_file(f"{untied_model}/model.safetensors")
     changed = {name for name, weight in two[0]["weights"].items() if not torch.equal(weight, base[name])}
     assert changed == {name for name in base if name.endswith("_proj.weight")}
-    # The reference is the base: in the first phase, before any update, nothing is apart from it.
-    full = sum(weight.numel() * 4 for weight in base.values())
-    size = sum(path.stat().st_size for path in runs.checkpoint("two", 0).rglob("*"))
-    assert size < 0.05 * full
-    again = runs.record("again", *SHARDED, "2", "--ckpt_path", str(runs.checkpoint("two", 1)))
     for name, weight in two[0]["weights"].items():
         assert torch.equal(again[0]["weights"][name], weight)
-    check_export(runs.checkpoint("two", 2), tmp_path / "export", two[0])
+    # Nothing is apart from the reference before the first update, and something is after it.
+    assert two[0]["phases"][0]["kl"] == 0
+    assert two[0]["phases"][1]["kl"] > 1e-6
+    size = sum(path.stat().st_size for path in lora_runs.checkpoint("two", 0).rglob("*"))
+    assert size < 0.05 * sum(weight.numel() * 4 for weight in base.values())
+
+
+def test_a_rank_without_sequences_takes_part(sparse_runs, started):
+    (one,), (first, second) = sparse_runs.records("one"), sparse_runs.records("two")
+    for ours, theirs in zip(first["phases"], second["phases"], strict=True):
+        assert (ours["accumulate"], theirs["accumulate"]) == (2, 2)
+    assert distance(first["weights"], one["weights"]) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("fault", "rank", "reason"), [("raise", 1, "rank 1 was told to fail"), ("kill", 1, "SIGKILL"), ("kill", 0, "")]
 )
 def test_when_a_rank_fails_all_end_soon_with_its_reason(runs, fault, rank, reason):
-    command = runs.command(f"{fault}_{rank}", *SHARDED, "2", fault=fault, fault_rank=rank)
+    engine = ["--data.engine", "TransformersEngine"]
+    command = runs.command(f"{fault}_{rank}", *SHARDED, "2", *engine, fault=fault, fault_rank=rank)
     process = subprocess.Popen(
         [ASPO, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
@@ -198,16 +287,3 @@ def test_when_a_rank_fails_all_end_soon_with_its_reason(runs, fault, rank, reaso
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     pytest.fail("a process was left over")
-
-
-def test_a_rank_without_sequences_takes_part(tiny_model, tmp_path):
-    runs = Runs(tiny_model, tmp_path)
-    # Room for one sequence in each micro-batch: three sequences make 2 x 2 of them, one empty.
-    runs.config["data"].update(
-        prompts_per_phase=1, group_size=3, optimizer_steps=1, max_prompt_length=8, token_budget=24
-    )
-    one, (first, second) = runs.record("one")[0], runs.record("two", *SHARDED, "2")
-    assert [(p["accumulate"], q["accumulate"]) for p, q in zip(first["phases"], second["phases"], strict=True)] == [
-        (2, 2)
-    ] * 3
-    assert distance(first["weights"], one["weights"]) < 1e-5
