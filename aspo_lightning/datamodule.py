@@ -177,12 +177,23 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.sampling.max_tokens} = {self.context_length} tokens, more than the {context} that "
                 f"{self.model_name_or_path} was made for. Lower one of them."
             )
+        size, ranks = self.engine.tensor_parallel_size, self.trainer.world_size if self.trainer else 1
+        if ranks % size:
+            raise ConfigError(
+                f"data.engine shares an engine among tensor_parallel_size {size} ranks, but there are {ranks}; it must "
+                "divide them."
+            )
         # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
         self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
         self.pool.load(f for task in [self.train_task, *self.val_tasks.values()] for f in sorted(task.functions()))
         self.tokenizer = load_tokenizer(self.model_name_or_path)
         self.val_prompts = {name: self._prompts(task) for name, task in self.val_tasks.items()}
         self.train_prompts = held_out(self._prompts(self.train_task), self.val_prompts.values())
+        if size > 1 and any(p.environment for p in self.train_prompts):
+            raise ConfigError(
+                "An environment's replies are made on each rank, and ranks that share an engine (tensor_parallel_size "
+                f"{size}) need the same ones. Set tensor_parallel_size to 1, or train without the environment."
+            )
         check_phase(len(self.train_prompts), self.prompts_per_phase, self.optimizer_steps)
 
     def train_dataloader(self) -> Phase:
@@ -227,6 +238,7 @@ class RolloutDataModule(LightningDataModule):
         """Samples and scores the held-out task ``name`` with the current policy."""
         self._sync_engine()
         groups, _ = self._sample(self.val_prompts[name], self.eval_sampling, EVALUATION_EPOCH, f"evaluate {name}")
+        self._rest_engine()
         return Evaluation(groups, evaluation_metrics(groups, f"eval/{name}"))
 
     def _run_phase(self, epoch: int) -> Phase:
@@ -239,6 +251,7 @@ class RolloutDataModule(LightningDataModule):
             self.prompts_per_phase,
             max_refills=self.max_refills,
         )
+        self._rest_engine()
         learned = self.curriculum.update(groups)
         phase = build_phase(
             groups,
@@ -289,6 +302,10 @@ class RolloutDataModule(LightningDataModule):
             self.engine.sync_weights(cast(Any, trainer.lightning_module).policy_weights())
             self._synced_step = trainer.global_step
         return time.perf_counter() - start
+
+    def _rest_engine(self) -> None:
+        if self.engine.sleep():
+            self._synced_step = None
 
     def _prompts(self, task: Task) -> list[Prompt]:
         prompts = task.prompts(self.tokenizer)

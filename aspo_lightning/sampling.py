@@ -58,12 +58,15 @@ def sample_groups(
     world_size: int = 1,
     description: str = "generate",
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Samples and scores a group for each prompt: each rank its share, the result gathered on all.
+    """Samples and scores a group for each prompt: each engine its share, the result gathered on all ranks.
+
+    Where several ranks share an engine they all sample its share, and the first of them has it scored.
 
     Returns:
         The groups in the order of the prompts, and the seconds of generation and reward (of the slowest rank).
     """
-    share = prompts[rank::world_size]
+    size = engine.tensor_parallel_size
+    share = prompts[rank // size :: world_size // size]
     start = time.perf_counter()
     episodes = [_Episode(prompt, sample) for prompt in share for sample in range(sampling.group_size)]
     turn = 0
@@ -73,6 +76,8 @@ def sample_groups(
         turn += 1
     generated = time.perf_counter()
     # What is judged is the last turn: an environment's replies may hold answers.
+    if rank % size:
+        episodes, share = [], []
     scores = pool.score([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in episodes])
     rollouts = [
         Rollout(
@@ -94,8 +99,9 @@ def sample_groups(
     if world_size > 1:
         shares: list[Any] = [None] * world_size
         dist.all_gather_object(shares, (groups, times))
-        groups = [shares[i % world_size][0][i // world_size] for i in range(len(prompts))]
         times = {key: max(t[key] for _, t in shares) for key in times}
+        shares = shares[::size]
+        groups = [shares[i % len(shares)][0][i // len(shares)] for i in range(len(prompts))]
     return groups, times
 
 

@@ -25,6 +25,9 @@ class SamplingRequest:
 class Generator(ABC):
     """Samples completions. Made cheaply from its settings; the model is loaded by ``start``."""
 
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""
+
     @abstractmethod
     def check(self) -> None:
         """Raises ConfigError if this engine can't run here."""
@@ -40,6 +43,10 @@ class Generator(ABC):
     @abstractmethod
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the policy's weights (Hugging Face names, full tensors); nothing cached of the old ones stays."""
+
+    def sleep(self) -> bool:
+        """Frees memory between samplings. Returns whether the weights went too: then ``sync_weights`` comes next."""
+        return False
 
     @abstractmethod
     def stop(self) -> None:

@@ -31,6 +31,7 @@ class VLLMEngine(Generator):
         gpu_memory_utilization: share of a GPU's memory for the engine, weights included; the rest is the trainer's.
         max_num_seqs: completions sampled at a time.
         enforce_eager: no compilation and no CUDA graphs.
+        tensor_parallel_size: neighbouring ranks that share an engine, for a model too large for one GPU's share.
     """
 
     def __init__(
@@ -40,13 +41,16 @@ class VLLMEngine(Generator):
         gpu_memory_utilization: float = 0.4,
         max_num_seqs: int = 256,
         enforce_eager: bool = False,
+        tensor_parallel_size: int = 1,
     ) -> None:
         self.dtype = dtype
         self.kv_cache_gib = kv_cache_gib
         self.gpu_memory_utilization = gpu_memory_utilization
         self.max_num_seqs = max_num_seqs
         self.enforce_eager = enforce_eager
+        self.tensor_parallel_size = tensor_parallel_size
         self._llm: LLM | None = None
+        self._asleep = False
 
     def check(self) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -66,7 +70,10 @@ class VLLMEngine(Generator):
         if dist.is_initialized() and dist.get_world_size() > 1:
             # An engine a rank, inside the trainer's process group.
             os.environ.setdefault("RANK", str(dist.get_rank()))  # Lightning's own launcher leaves it out
-            distributed = {"distributed_executor_backend": "external_launcher"}
+            distributed = {
+                "distributed_executor_backend": "external_launcher",
+                "tensor_parallel_size": self.tensor_parallel_size,
+            }
         kv_cache_gib = 1.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
         cpu_settings = {
             # A prompt cut in two chunks while it is sampled with a seed fails on a CPU ("CPU Generator does not use
@@ -84,7 +91,7 @@ class VLLMEngine(Generator):
             kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
             gpu_memory_utilization=self.gpu_memory_utilization,
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
-            **(cpu_settings if on_cpu else {"enforce_eager": self.enforce_eager}),
+            **(cpu_settings if on_cpu else {"enforce_eager": self.enforce_eager, "enable_sleep_mode": True}),
             **distributed,
         )
 
@@ -121,16 +128,29 @@ class VLLMEngine(Generator):
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             llm.apply_model(_forget_expert_kernels)
+        if self._asleep:
+            torch.cuda.empty_cache()  # what the trainer's allocator holds and doesn't use
+            llm.wake_up(tags=["weights"])  # room for them only: the cache comes when they are in
         # reload_weights and not load_weights: the CPU build packs weights after loading, which must happen again.
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if on_cpu:
             llm.apply_model(_pack_head)
             _return_free_memory()
+        if self._asleep:
+            llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache after new weights: requests are still running")
 
+    def sleep(self) -> bool:
+        if self._llm is None or not torch.cuda.is_available():
+            return False
+        self._llm.sleep(level=2)  # gives up weights and cache: the next phase has other weights
+        self._asleep = True
+        return True
+
     def stop(self) -> None:
-        self._llm = None
+        self._llm, self._asleep = None, False
 
     def _running(self) -> "LLM":
         if self._llm is None:
