@@ -15,7 +15,6 @@ from transformers.modeling_utils import AttentionInterface
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.fsdp import FSDP2Strategy, blocks
-from aspo_lightning.models import load_config
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.scorer import ScoredCausalLM
 
@@ -164,5 +163,7 @@ def activations(model: ScoredCausalLM, tokens: int, dtype: torch.dtype) -> float
     model.lm.to(dtype)
     parameters |= {p.untyped_storage()._cdata for p in model.parameters()}
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.lm.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        # With a mask nothing asks the position ids' values, which the meta device doesn't have.
+        model.lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return float(sum(seen.values()))
