@@ -1,4 +1,4 @@
-"""The command line: ``aspo fit | validate | test | export | report``."""
+"""The command line: ``aspo fit | validate | test | plan | export | report``."""
 
 import inspect
 import os
@@ -26,6 +26,7 @@ from aspo_lightning.engines import Generator
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.objectives import Objective
+from aspo_lightning.plan import Planner
 from aspo_lightning.tasks import Task
 
 
@@ -134,6 +135,23 @@ class ASPOCLI(LightningCLI):
             print(fit_summary(self.trainer))
 
 
+class PlanCLI(ASPOCLI):
+    """``aspo plan``: takes what ``aspo fit`` takes, and shows what that would need."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--gpu-memory", type=float | None, default=None, help="GB (decimal) of a GPU; 80 if unset")
+
+    def before_instantiate_classes(self) -> None:
+        check_checkpoints(self.config.fit.checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return Planner(self.config_init.fit.trainer, self.config_init.fit.gpu_memory)
+
+    def after_fit(self) -> None:
+        pass
+
+
 def run_folder(trainer: Trainer) -> str | None:
     """Where this run is logged. Unlike ``trainer.log_dir``, rank 0 can ask alone."""
     return getattr(trainer.logger, "log_dir", None)
@@ -204,14 +222,19 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=message)
     sys.path.append(str(Path.cwd()))  # parts that a user wrote, like my_package.MyObjective
     try:
-        if tool := TOOLS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if tool := TOOLS.get(command):
             return tool(sys.argv[2:])
-        ASPOCLI(
+        cli = ASPOCLI
+        if command == "plan":
+            cli, sys.argv[1] = PlanCLI, "fit"
+        cli(
             ASPOModule,
             RolloutDataModule,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             parser_class=Parser,
+            parser_kwargs={"description": "Also: aspo plan (takes what fit takes), aspo export, aspo report."},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={"callbacks": [TQDMProgressBar(), PhaseReport(), EvaluationReport()]},

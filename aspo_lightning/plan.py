@@ -4,23 +4,320 @@ Weights, gradients and optimizer state are counted on a model without memory (th
 that model run its forward pass and noting what it would keep for backward.
 """
 
-from dataclasses import dataclass, field
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from aspo_lightning.datamodule import RolloutDataModule
-from aspo_lightning.engines import VLLMEngine
+from aspo_lightning.engines import Generator, TransformersEngine, VLLMEngine
+from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy, blocks
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.scorer import ScoredCausalLM
 
 GB = 1e9
-HALF = 2  # bytes of a 16-bit number
-RUNTIME = {"cuda": 2.0, "cpu": 0.0}  # GB: CUDA's context, communication buffers, fragmentation
+FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
+# GB of a process without a model. cuda: context, NCCL's buffers and fragmentation, by rule of thumb; cpu: torch, vLLM,
+# transformers and Lightning, measured.
+RUNTIME = {"cuda": 3.0, "cpu": 0.95}
+DEFAULT_GPU_MEMORY = 80.0
+CPU_BATCHED_TOKENS = 4096  # of a prefill by vLLM's CPU build
+
+
+@dataclass(frozen=True)
+class Run:
+    """What of a run's settings decides how much memory it takes."""
+
+    model_name_or_path: str
+    on_gpu: bool
+    nodes: int
+    devices: int
+    """Processes of a node: one for each GPU."""
+    sharded: bool
+    reduces_each: bool
+    cpu_offload: bool
+    half: bool
+    """Computes in bfloat16."""
+    dtype: torch.dtype
+    attn_implementation: str
+    gradient_checkpointing: bool
+    chunk_size: int
+    lora_rank: int
+    reference: bool
+    optimizer_states: int
+    token_budget: int
+    context_length: int
+    engine: Generator
+    gpu_memory: float
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.devices
+
+
+@dataclass(frozen=True)
+class Plan:
+    """GB of a process (one GPU, or one process on CPUs) by part; decimal."""
+
+    always: dict[str, float] = field(default_factory=dict)
+    """What the trainer holds all the time."""
+    update: dict[str, float] = field(default_factory=dict)
+    """What scoring and updates add."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """What the engine holds. On a GPU it sleeps while the trainer works."""
+    engine_sleeps: bool = True
+    full_length_completions: float = float("inf")
+    """How many of the longest sequences the KV cache has room for."""
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """GB of (updates, sampling)."""
+        always, update, sampling = (sum(part.values()) for part in (self.always, self.update, self.sampling))
+        return (always + update, always + sampling) if self.engine_sleeps else (always + update + sampling,) * 2
+
+
+def make_plan(run: Run) -> Plan:
+    """The memory of a run."""
+    model = meta_model(run.model_name_or_path, run.dtype, run.lora_rank)
+    config = model.lm.config.get_text_config()
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
+    weights = count * run.dtype.itemsize
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    largest = max(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    shards = run.world_size if run.sharded else 1
+    compute_bytes = HALF if run.half else run.dtype.itemsize
+
+    always = {"libraries and runtime": RUNTIME["cuda" if run.on_gpu else "cpu"] * GB}
+    if not run.cpu_offload:
+        always["weights"] = weights / shards
+        always["gradients"] = trained / shards
+        always["optimizer"] = run.optimizer_states * trained / shards
+        if run.reference:
+            always["reference"] = weights / shards
+
+    update: dict[str, float] = {}
+    if run.sharded and (run.half or shards > 1):
+        # FSDP gathers a layer and the next, and the root; or keeps all of them until the optimizer step.
+        layers = [sum(p.numel() for p in block.parameters()) for block in blocks(model.lm)]
+        held = 2 * max(layers) + count - sum(layers) if run.reduces_each else count
+        update["gathered weights"] = held * compute_bytes
+        if not run.reduces_each:
+            update["unreduced gradients"] = trained / run.dtype.itemsize * FULL
+    elif run.half:
+        update["16-bit weights"] = count * HALF  # autocast keeps them for the backward pass
+    if not run.sharded and run.world_size > 1:
+        update["buckets of gradients"] = trained
+    # A tied head's gradient, and the embedding's, before they are added to what is there.
+    update["gradients in flight"] = 2 * largest
+    depth, tokens = config.num_hidden_layers, run.token_budget
+    kept = activations(run.model_name_or_path, tokens, compute_bytes)
+    # Backward makes a layer's gradients beside what it kept.
+    update["activations"] = kept / depth * 2 + (depth - 2) * (
+        tokens * hidden * compute_bytes if run.gradient_checkpointing else kept / depth
+    )
+    if run.attn_implementation != "flash_attention_2":
+        update["attention mask"] = tokens**2
+    update["scorer"] = tokens * (3 * min(run.chunk_size, vocabulary) + 2 * hidden) * FULL
+
+    sampling, cache, per_token = engine_memory(run, config, count)
+    return Plan(
+        always=in_gb(always),
+        update=in_gb(update),
+        sampling=in_gb(sampling),
+        engine_sleeps=run.on_gpu and isinstance(run.engine, VLLMEngine),
+        full_length_completions=cache / (per_token * run.context_length),
+    )
+
+
+def in_gb(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size / GB for name, size in parts.items()}
+
+
+def engine_memory(run: Run, config: Any, count: int) -> tuple[dict[str, float], float, float]:
+    """(bytes by part, bytes of the KV cache, bytes of it that a token takes) of an engine."""
+    engine = run.engine
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * kv_heads * head * (HALF if run.on_gpu else FULL)
+    if isinstance(engine, TransformersEngine):
+        cache = float(per_token * engine.batch_size * run.context_length)
+        logits = 4 * FULL * engine.batch_size * config.vocab_size
+        return {"engine's weights": count * FULL, "KV cache": cache, "sampler": logits}, cache, per_token
+    if not isinstance(engine, VLLMEngine):
+        return {}, float("inf"), per_token  # a user's own, or elsewhere
+    split = engine.tensor_parallel_size
+    per_token = per_token / min(split, kv_heads)
+    parts = {"engine's weights": count * (HALF if run.on_gpu else FULL) / split}
+    if not run.on_gpu and config.tie_word_embeddings:
+        parts["engine's packed head"] = config.vocab_size * config.hidden_size * FULL
+    prefill = CPU_BATCHED_TOKENS * config.intermediate_size * 3
+    parts["sampler"] = 3 * FULL * engine.max_num_seqs * config.vocab_size + prefill * (HALF if run.on_gpu else FULL)
+    if engine.kv_cache_gib is not None or not run.on_gpu:
+        cache = (engine.kv_cache_gib or 1.0) * 2**30
+    else:  # vLLM takes what is left of its share
+        cache = max(0.0, engine.gpu_memory_utilization * run.gpu_memory * GB - sum(parts.values()))
+    return {**parts, "KV cache": cache}, cache, per_token
+
+
+def changes(run: Run) -> dict[str, Run]:
+    """Settings that take less memory, and the run that each makes of this one."""
+    found: dict[str, Run] = {}
+    if not run.gradient_checkpointing:
+        found["--model.gradient_checkpointing true"] = replace(run, gradient_checkpointing=True)
+    if run.token_budget > run.context_length:
+        found[f"--data.token_budget {run.context_length}"] = replace(run, token_budget=run.context_length)
+    if run.attn_implementation != "flash_attention_2" and run.on_gpu:
+        found["--model.attn_implementation flash_attention_2"] = replace(run, attn_implementation="flash_attention_2")
+    if not run.half and run.on_gpu:
+        found["--trainer.precision bf16-mixed"] = replace(run, half=True)
+    if not run.sharded and run.world_size > 1:
+        found["--trainer.strategy fsdp2"] = replace(run, sharded=True)
+    if run.sharded and not run.reduces_each:
+        found["--trainer.strategy.reduce_each_micro_batch true"] = replace(run, reduces_each=True)
+    if run.on_gpu and run.sharded and not run.cpu_offload:
+        found["--trainer.strategy.cpu_offload true"] = replace(run, cpu_offload=True)
+    if not run.lora_rank:
+        found["--model.lora_rank 32"] = replace(run, lora_rank=32, reference=False)
+    if run.on_gpu:
+        found[f"--trainer.num_nodes {2 * run.nodes}"] = replace(run, nodes=2 * run.nodes)
+    return found
+
+
+def problems(run: Run, plan: Plan) -> list[str]:
+    """Why a plan doesn't fit, one line each."""
+    found = []
+    for name, peak in zip(("an update", "sampling"), plan.peaks, strict=True):
+        if peak > run.gpu_memory:
+            found.append(f"{name} takes {peak:.1f} GB, {peak - run.gpu_memory:.1f} more than there are")
+    if plan.full_length_completions < 1:
+        found.append(
+            "the KV cache has no room for one sequence of full length. Raise --data.engine.gpu_memory_utilization, "
+            "--data.engine.tensor_parallel_size or --data.engine.kv_cache_gib"
+        )
+    return list(dict.fromkeys(found))
+
+
+def report(run: Run, plan: Plan, epoch: list[str]) -> tuple[str, bool]:
+    """(what a person reads, whether it fits)."""
+    where = ("GPU" if run.on_gpu else "CPU process") + "s" * (run.world_size > 1)
+    strategy = ", fsdp2" if run.sharded else ""
+    lines = [f"{run.model_name_or_path} on {run.world_size} {where}{strategy}", ""]
+    lines.append(f"{'GB of each':<24}{'update':>9}{'sampling':>10}")
+    for part, in_update, in_sampling in (
+        (plan.always, True, True),
+        (plan.update, True, not plan.engine_sleeps),
+        (plan.sampling, not plan.engine_sleeps, True),
+    ):
+        for name, value in part.items():
+            cells = (f"{value:.2f}" if there else "-" for there in (in_update, in_sampling))
+            lines.append("{:<24}{:>9}{:>10}".format(name, *cells))
+    lines.append("{:<24}{:>9.2f}{:>10.2f}".format("together", *plan.peaks))
+    lines += ["", *epoch]
+    if plan.full_length_completions < float("inf"):
+        lines.append(f"KV cache: room for {plan.full_length_completions:,.1f} sequences of full length at a time")
+    wrong = problems(run, plan)
+    if not wrong:
+        return "\n".join([*lines, "", f"Fits: {max(plan.peaks):.1f} of {run.gpu_memory:.1f} GB."]), True
+    lines += ["", *(f"Doesn't fit: {problem}." for problem in wrong)]
+    better = {change: make_plan(other) for change, other in changes(run).items()}
+    lines += [
+        f"  {change:<48} {max(other.peaks):.1f} GB" + (", fits" if not problems(run, other) else "")
+        for change, other in sorted(better.items(), key=lambda item: max(item[1].peaks))
+        if max(other.peaks) < max(plan.peaks)
+    ]
+    return "\n".join(lines), False
+
+
+class Planner:
+    """Stands where a Trainer would: ``fit`` prints the plan."""
+
+    def __init__(self, settings: Namespace, gpu_memory: float | None) -> None:
+        self.settings, self.gpu_memory = settings, gpu_memory
+
+    def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: Any) -> None:
+        run = run_of(model, datamodule, self.settings, self.gpu_memory)
+        if run.world_size % datamodule.engine.tensor_parallel_size:
+            raise ConfigError(
+                f"data.engine shares an engine among tensor_parallel_size {datamodule.engine.tensor_parallel_size} "
+                f"ranks, but there are {run.world_size}; it must divide them."
+            )
+        text, fits = report(run, make_plan(run), epoch_lines(datamodule, run.world_size))
+        print(text)
+        if not fits:
+            raise SystemExit(1)
+
+
+def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_memory: float | None) -> Run:
+    """The run that these settings make. Nothing is loaded."""
+    on_gpu = trainer.accelerator in ("gpu", "cuda") or (
+        trainer.accelerator == "auto" and (gpu_memory is not None or torch.cuda.is_available())
+    )
+    devices = trainer.devices
+    if devices in ("auto", -1, "-1"):
+        devices = torch.cuda.device_count() or 8 if on_gpu else 1
+    devices = len(devices) if isinstance(devices, list) else int(devices)
+    strategy = trainer.strategy
+    if gpu_memory is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+        gpu_memory = DEFAULT_GPU_MEMORY if on_gpu else memory / devices
+    load = module.load_settings
+    return Run(
+        model_name_or_path=module.model_name_or_path,
+        on_gpu=on_gpu,
+        nodes=trainer.num_nodes,
+        devices=devices,
+        sharded=strategy == "fsdp2" or isinstance(strategy, FSDP2Strategy),
+        reduces_each=getattr(strategy, "reduce_each_micro_batch", False),
+        cpu_offload=getattr(strategy, "cpu_offload", False),
+        half=trainer.precision == "bf16-mixed",
+        dtype=load["dtype"],
+        attn_implementation=load["attn_implementation"],
+        gradient_checkpointing=load["gradient_checkpointing"],
+        chunk_size=load["chunk_size"],
+        lora_rank=load["lora_rank"],
+        reference=module.kl_coef > 0 and not load["lora_rank"],
+        optimizer_states=optimizer_states(module.optimizer),
+        token_budget=data.phase_settings["token_budget"],
+        context_length=data.context_length,
+        engine=data.engine,
+        gpu_memory=gpu_memory,
+    )
+
+
+def epoch_lines(data: RolloutDataModule, world_size: int) -> list[str]:
+    """What an epoch consists of."""
+    settings, sampling = data.phase_settings, data.sampling
+    completions = data.prompts_per_phase * sampling.group_size
+    tokens = completions * data.context_length
+    steps = settings["optimizer_steps"] * settings["passes"]
+    micro_batches = -(
+        -completions * settings["passes"] * data.context_length // (settings["token_budget"] * world_size)
+    )
+    return [
+        f"An epoch: {data.prompts_per_phase} prompts x {sampling.group_size} completions of up to "
+        f"{sampling.max_tokens:,} tokens: up to {tokens:,} tokens with their prompts",
+        f"{steps} optimizer steps; up to {max(micro_batches, steps)} micro-batches of {settings['token_budget']:,} "
+        f"tokens on each of {world_size} ranks",
+    ]
+
+
+def optimizer_states(make: Callable[[Any], torch.optim.Optimizer]) -> int:
+    """Tensors that an optimizer keeps for each parameter, as many as it makes for one."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = make([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    return sum(1 for value in optimizer.state[parameter].values() if isinstance(value, Tensor) and value.numel() == 2)
 
 
 class _Attention(torch.autograd.Function):
@@ -42,128 +339,32 @@ AttentionInterface.register(MEMORYLESS, lambda module, q, k, v, mask, **kwargs: 
 AttentionMaskInterface.register(MEMORYLESS, lambda *args, **kwargs: None)
 
 
-@dataclass
-class Plan:
-    """GB per process (one GPU, or one process on CPUs), by part."""
-
-    always: dict[str, float] = field(default_factory=dict)
-    """What the trainer holds in both halves of an epoch."""
-    training: dict[str, float] = field(default_factory=dict)
-    """What scoring and updates add."""
-    sampling: dict[str, float] = field(default_factory=dict)
-    """What the engine adds; on a GPU it sleeps while the trainer works."""
-    counts: dict[str, str] = field(default_factory=dict)
-    """What an epoch consists of."""
-    engine_sleeps: bool = True
-
-    @property
-    def peak(self) -> float:
-        """GB at the worst moment."""
-        always, training, sampling = (sum(part.values()) for part in (self.always, self.training, self.sampling))
-        return always + (max(training, sampling) if self.engine_sleeps else training + sampling)
+@functools.cache
+def meta_model(model_name_or_path: str, dtype: torch.dtype, lora_rank: int) -> ScoredCausalLM:
+    """The model, without memory."""
+    return ScoredCausalLM.from_pretrained(
+        model_name_or_path, dtype=dtype, lora_rank=lora_rank, attn_implementation=MEMORYLESS, weights=False
+    )
 
 
-def make_plan(module: ASPOModule, data: RolloutDataModule, trainer: dict[str, Any], world_size: int) -> Plan:
-    """The plan of a run.
-
-    Args:
-        module: the model's settings; nothing is loaded.
-        data: the settings of sampling and batching.
-        trainer: ``accelerator``, ``precision`` and ``strategy`` (a name or a strategy).
-        world_size: GPUs, or processes on CPUs, of all nodes.
-    """
-    on_gpu = trainer["accelerator"] not in ("cpu", "auto") or torch.cuda.is_available()
-    strategy = trainer["strategy"]
-    sharded = strategy == "fsdp2" or isinstance(strategy, FSDP2Strategy)
-    reduces_late = sharded and not getattr(strategy, "reduce_each_micro_batch", False)
-    offload = getattr(strategy, "cpu_offload", False)
-    half = trainer["precision"] == "bf16-mixed"
-    shards = world_size if sharded else 1
-    checkpointing = module.load_settings["gradient_checkpointing"]
-    settings = {**module.load_settings, "attn_implementation": MEMORYLESS, "gradient_checkpointing": False}
-    model = ScoredCausalLM.from_pretrained(module.model_name_or_path, weights=False, **settings)
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    count = sum(p.numel() for p in model.parameters())
-    compute_bytes = HALF if half else module.load_settings["dtype"].itemsize
-    tokens = data.phase_settings["token_budget"]
-
-    plan = Plan(engine_sleeps=on_gpu and isinstance(data.engine, VLLMEngine))
-    plan.always["libraries and runtime"] = RUNTIME["cuda" if on_gpu else "cpu"]
-    if not offload:
-        plan.always["weights"] = total / shards / GB
-        plan.always["gradients"] = trained / shards / GB
-        plan.always["optimizer"] = optimizer_states(module) * trained / shards / GB
-        if module.kl_coef and not settings["lora_rank"]:
-            plan.always["reference"] = total / shards / GB
-    if sharded or half:
-        # FSDP gathers a layer and the next, and the root; or keeps all until the optimizer step. Autocast keeps all.
-        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model.lm)]
-        held = count if reduces_late or not sharded else 2 * max(sizes) + count - sum(sizes)
-        plan.training["gathered weights"] = held * compute_bytes / GB
-    if reduces_late:
-        plan.training["unreduced gradients"] = trained / GB
-    config = model.lm.config.get_text_config()
-    kept = activations(model, tokens, torch.bfloat16 if half else module.load_settings["dtype"])
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    if checkpointing:
-        kept = kept / layers + layers * tokens * hidden * compute_bytes
-    # Backward makes gradients of one layer's activations beside them.
-    plan.training["activations"] = (kept + kept / layers * (not checkpointing)) / GB
-    chunk = min(module.load_settings["chunk_size"], config.vocab_size)
-    plan.training["scorer"] = tokens * (3 * 4 * chunk + 2 * 4 * hidden) / GB
-
-    engine_bytes = HALF if on_gpu else 4
-    if isinstance(data.engine, VLLMEngine):
-        split = data.engine.tensor_parallel_size
-        head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        per_token = 2 * layers * max(1, config.num_key_value_heads // split) * head_dim * engine_bytes
-        plan.sampling["engine's weights"] = count * engine_bytes / split / GB
-        cache = data.engine.kv_cache_bytes(on_gpu)
-        plan.counts["KV cache"] = ""
-        if cache is not None:
-            plan.sampling["KV cache"] = cache / GB
-        plan.sampling["sampler's logits"] = 3 * 4 * data.engine.max_num_seqs * config.vocab_size / GB
-        plan.counts["KV cache"] = f"{per_token / 1e3:.0f} kB a token"
-    else:
-        plan.sampling["KV cache and logits"] = 0.0
-    sampling, optimizer_steps = data.sampling, data.phase_settings["optimizer_steps"] * data.phase_settings["passes"]
-    completions = data.prompts_per_phase * sampling.group_size
-    plan.counts |= {
-        "completions": f"{completions:,} of up to {sampling.max_tokens:,} tokens",
-        "tokens": f"up to {completions * data.context_length:,}",
-        "optimizer steps": f"{optimizer_steps}",
-        "micro-batches": f"up to {-(-completions * data.context_length // (tokens * world_size)):,} a rank",
-    }
-    return plan
-
-
-def optimizer_states(module: ASPOModule) -> int:
-    """Tensors that the optimizer keeps for each parameter, as many as it makes for one."""
-    parameter = nn.Parameter(torch.zeros(2))
-    optimizer = module.optimizer([parameter])
-    parameter.grad = torch.ones(2)
-    optimizer.step()
-    return sum(1 for value in optimizer.state[parameter].values() if isinstance(value, Tensor) and value.numel() == 2)
-
-
-def activations(model: ScoredCausalLM, tokens: int, dtype: torch.dtype) -> float:
+@functools.cache
+def activations(model_name_or_path: str, tokens: int, compute_bytes: int) -> float:
     """Bytes that a forward pass over ``tokens`` keeps for backward, without gradient checkpointing."""
+    # bfloat16 whatever the run computes in: without memory, a mixture's grouped products know no other.
+    model = meta_model(model_name_or_path, torch.bfloat16, 0)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    seen: dict[int, int] = {}
+    kept: dict[int, int] = {}
+    alive = []  # so that no storage gets the address of another
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
-            seen[storage._cdata] = storage.nbytes()
-            held.append(tensor)  # so that no other storage gets its address
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
         return tensor
 
-    held: list[Tensor] = []
-    model.lm.to(dtype)
-    parameters |= {p.untyped_storage()._cdata for p in model.parameters()}
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         ids = torch.zeros(1, tokens, dtype=torch.long)
         # With a mask nothing asks the position ids' values, which the meta device doesn't have.
         model.lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return float(sum(seen.values()))
+    return sum(kept.values()) * compute_bytes / HALF
