@@ -114,6 +114,7 @@ class ASPOCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit":
             check_checkpoints(config.checkpoint)
+        check_strategy(config.trainer.strategy)
         logger = config.trainer.logger
         if not isinstance(logger, Namespace) or "save_dir" not in logger.init_args:
             return
@@ -144,6 +145,7 @@ class PlanCLI(ASPOCLI):
 
     def before_instantiate_classes(self) -> None:
         check_checkpoints(self.config.fit.checkpoint)
+        check_strategy(self.config.fit.trainer.strategy)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return Planner(self.config_init.fit.trainer, self.config_init.fit.gpu_memory)
@@ -189,6 +191,14 @@ def check_checkpoints(settings: Namespace) -> None:
                 f"checkpoint.{name} is {settings[name]}, but checkpoints are written at the end of an epoch, when its "
                 "phase is used up. Set checkpoint.every_n_epochs instead."
             )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raises ConfigError for those whose shards can't be scored, synced and saved here."""
+    name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
+    kind = name.rpartition(".")[2].lower()
+    if kind.startswith(("fsdp", "deepspeed", "modelparallel")) and not kind.startswith("fsdp2"):
+        raise ConfigError(f"trainer.strategy is {name}: use fsdp2, which shards the model, or ddp, which doesn't.")
 
 
 def check_writable(folder: Path) -> None:

@@ -133,6 +133,15 @@ def test_a_fit_leaves_logs_checkpoints_and_its_config(finished):
         assert text in lines
 
 
+def test_the_plan_knew_what_the_fit_took(finished, monkeypatch, capsys):
+    _, config, result = finished
+    (took,) = re.findall(r"peak memory +([\d.]+) GB", result.stdout)
+    monkeypatch.setattr(sys, "argv", ["aspo", "plan", "--config", config])
+    main()
+    (planned,) = re.findall(r"Fits: ([\d.]+) of", capsys.readouterr().out)
+    assert float(planned) == pytest.approx(float(took), rel=0.2)
+
+
 def test_a_checkpoint_holds_the_policy_and_not_the_reference(finished, tiny_model):
     folder, _, _ = finished
     checkpoint = torch.load(folder / "tiny/version_0/checkpoints/epoch_00001.ckpt", weights_only=False)
@@ -310,6 +319,7 @@ BAD_INPUT = {
     "nothing to resume": (["--trainer.logger.init_args.name", "other", "--ckpt_path", "last"], "no run below"),
     "checkpoints in an epoch": (["--checkpoint.every_n_train_steps", "1"], "Set checkpoint.every_n_epochs"),
     "half precision": (["--trainer.precision", "bf16-true"], "allowed are 32-true, bf16-mixed"),
+    "FSDP 1": (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp: use fsdp2"),
     "wrong type": (["--trainer.max_epochs", "many"], "many"),
 }
 

@@ -1,0 +1,169 @@
+"""`aspo plan`: parts by hand, the paper's recipes on the paper's hardware, and what it says when they don't fit."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from aspo_lightning.cli import main
+from aspo_lightning.plan import activations, optimizer_states
+from tests.conftest import save_model
+from tests.test_cli import ROOT, aspo_here
+
+QWEN3 = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+R1_DISTILL = Qwen2Config(
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+)
+# Of each recipe: the model's config as its authors publish it, and its parameters in units of 10^9.
+MODELS = {
+    "math_1.5b": (R1_DISTILL, 1.777),
+    "code_1.5b": (R1_DISTILL, 1.777),
+    "qwen3_4b": (
+        Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, tie_word_embeddings=True, **QWEN3),
+        4.022,
+    ),
+    "qwen3_8b": (
+        Qwen3Config(
+            hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, tie_word_embeddings=False, **QWEN3
+        ),
+        8.191,
+    ),
+    "qwen3_30b_a3b": (
+        Qwen3MoeConfig(
+            hidden_size=2048,
+            intermediate_size=6144,
+            moe_intermediate_size=768,
+            num_hidden_layers=48,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+            **{**QWEN3, "num_key_value_heads": 4},
+        ),
+        30.532,
+    ),
+}
+
+
+@pytest.fixture
+def planned(monkeypatch, capsys):
+    """Calls `aspo plan`: (GB by part in an update and in sampling, all that was printed, exit code)."""
+
+    def call(*args: str) -> tuple[dict[str, tuple[float, float]], str, int]:
+        monkeypatch.setattr(sys, "argv", ["aspo", "plan", *args])
+        monkeypatch.chdir(ROOT)
+        code = 0
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+        text = capsys.readouterr().out
+        rows = re.findall(r"^(\D+?)  +([\d.]+|-) +([\d.]+|-)$", text, re.MULTILINE)
+        return {name: tuple(0.0 if c == "-" else float(c) for c in cells) for name, *cells in rows}, text, code
+
+    return call
+
+
+@pytest.mark.parametrize("twin", [[], ["--config", "configs/objectives/grpo.yaml"]], ids=["aspo", "grpo"])
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "configs" / "recipes").iterdir()))
+def test_recipes_fit_the_papers_hardware(recipe, twin, planned, tmp_path):
+    config, parameters = MODELS[recipe]
+    config.save_pretrained(tmp_path)
+    args = ["--config", f"configs/recipes/{recipe}.yaml", *twin, "--model.model_name_or_path", str(tmp_path)]
+    parts, text, code = planned(*args, "--gpu-memory", "80")
+    assert code == 0, text
+    gpus = 32 if recipe == "qwen3_30b_a3b" else 8
+    assert f"on {gpus} GPUs, fsdp2" in text
+    # Float32 weights, as many gradients and twice as much of AdamW's, over all GPUs.
+    for name, copies in (("weights", 1), ("gradients", 1), ("optimizer", 2), ("reference", 1)):
+        assert parts[name][0] == pytest.approx(copies * 4 * parameters / gpus, abs=0.01), name
+    split = 4 if gpus == 32 else 1
+    assert parts["engine's weights"] == (0, pytest.approx(2 * parameters / split, abs=0.01))
+    # vLLM's share, as set by default.
+    assert sum(parts[n][1] for n in ("engine's weights", "sampler", "KV cache")) == pytest.approx(32, abs=0.02)
+    for column in (0, 1):
+        together = sum(cells[column] for name, cells in parts.items() if name != "together")
+        assert parts["together"][column] == pytest.approx(together, abs=0.1)
+        assert together < 80
+    assert f"Fits: {max(parts['together']):.1f} of 80.0 GB" in text
+
+
+def test_what_doesnt_fit_is_told_with_what_would_help(planned, tmp_path):
+    MODELS["qwen3_8b"][0].save_pretrained(tmp_path)
+    args = ["--config", "configs/recipes/qwen3_8b.yaml", "--model.model_name_or_path", str(tmp_path)]
+    parts, text, code = planned(*args, "--trainer.devices", "2")
+    assert code == 1
+    short = parts["together"][0] - 80
+    assert short == pytest.approx(4 * 8.191 * 5 / 2 - 80 + sum_of(parts), abs=0.1)
+    assert f"an update takes {parts['together'][0]:.1f} GB, {short:.1f} more than there are" in text
+    assert re.search(r"--trainer.strategy.cpu_offload true +[\d.]+ GB, fits", text)
+    # What is advised is true.
+    advised = float(re.search(r"--model.lora_rank 32 +([\d.]+) GB, fits", text)[1])
+    parts, text, code = planned(*args, "--trainer.devices", "2", "--model.lora_rank", "32")
+    assert code == 0, text
+    assert max(parts["together"]) == pytest.approx(advised, abs=0.06)
+
+
+def sum_of(parts):
+    sharded = ("weights", "gradients", "optimizer", "reference", "together")
+    return sum(cells[0] for name, cells in parts.items() if name not in sharded)
+
+
+def test_a_cache_too_small_for_one_sequence_is_told(planned, tmp_path):
+    MODELS["math_1.5b"][0].save_pretrained(tmp_path)
+    args = ["--config", "configs/recipes/math_1.5b.yaml", "--model.model_name_or_path", str(tmp_path)]
+    # 28 layers x 2 heads x 128 x key and value x 2 bytes: 28.7 kB a token, 0.998 GB for 34,816 tokens.
+    assert "room for 2.2 sequences" in planned(*args, "--data.engine.kv_cache_gib", "2")[1]
+    _, text, code = planned(*args, "--data.engine.kv_cache_gib", "0.5")
+    assert code == 1
+    assert "no room for one sequence of full length" in text
+
+
+def test_activations_are_those_of_a_real_forward_pass(tmp_path):
+    save_model(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path)
+    own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    kept = {}
+    tensors = []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            tensors.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        lm.base_model(input_ids=torch.zeros(1, 512, dtype=torch.long), use_cache=False)
+    # In float32 the norms' conversions to float32 are no copies.
+    assert activations(str(tmp_path), 512, 4) == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("make", "states"),
+    [
+        (torch.optim.AdamW, 2),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), 3),
+    ],
+)
+def test_optimizer_states_are_counted_on_a_real_one(make, states):
+    assert optimizer_states(make) == states
+
+
+def test_bad_settings_are_one_line(monkeypatch, tmp_path):
+    MODELS["qwen3_30b_a3b"][0].save_pretrained(tmp_path)
+    recipe = ["plan", "--config", "configs/recipes/qwen3_30b_a3b.yaml", "--model.model_name_or_path", str(tmp_path)]
+    assert "must divide them" in aspo_here(monkeypatch, *recipe, "--data.engine.tensor_parallel_size", "5")
+    assert "no_such" in aspo_here(monkeypatch, *recipe, "--model.no_such", "1")
+    assert not Path("runs/qwen3_30b_a3b").exists()
