@@ -4,6 +4,7 @@ python -m torch.distributed.run --nproc_per_node 2 tests/one_step.py MODEL OUT
 """
 
 import math
+import os
 import sys
 
 import torch
@@ -11,11 +12,18 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 
 from aspo_lightning import ASPOModule
 from aspo_lightning.batching import plan_phase
+from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.objectives import ASPO
 from aspo_lightning.rollouts import build_phase
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
+from aspo_lightning.weights import whole
 
 TEMPERATURE, KL_COEF, ENTROPY_COEF, MAX_LENGTH = 0.7, 0.1, 0.01, 12
+SHARDED = {
+    "sharded": {},
+    "sharded, reduced each time": {"reduce_each_micro_batch": True},
+    "sharded, on the host": {"cpu_offload": True},
+}
 AVERAGING = ("token_mean", "sequence_mean", "sequence_sum")
 
 
@@ -82,46 +90,60 @@ class OneStep(LightningDataModule):
 
 
 class Gradients(Callback):
+    def __init__(self, packs):
+        self.packs = packs
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.policy.packs = pl_module.reference.packs = self.packs
+
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients = torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone()
+        self.gradients = torch.cat([whole(p.grad).flatten() for p in pl_module.parameters()]).clone()
+
+
+def gradient(model: str, k: int, *, packs: bool = True, averaging: str = "token_mean", strategy=None, **settings):
+    """Of one optimizer step of k micro-batches, in this many processes."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    module = ASPOModule(
+        model,
+        objective=ASPO(),
+        temperature=TEMPERATURE,
+        kl_coef=KL_COEF,
+        entropy_coef=ENTROPY_COEF,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        **settings,
+    )
+    data = OneStep(averaging=averaging, token_budget=budgets(make_groups())[world_size, k])
+    capture = Gradients(packs)
+    Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy or ("ddp" if world_size > 1 else "auto"),
+        max_epochs=1,
+        logger=False,
+        callbacks=[capture],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    ).fit(module, data)
+    assert data.accumulate == k
+    return capture.gradients
 
 
 def main(model: str, out: str) -> None:
-    import os
-
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    results = {}
-    for dtype in ("float64", "float32"):
-        for averaging in AVERAGING:
-            for k in (1, 2, 4, 8):
-                for packs in (True, False):
-                    module = ASPOModule(
-                        model,
-                        objective=ASPO(),
-                        temperature=TEMPERATURE,
-                        kl_coef=KL_COEF,
-                        entropy_coef=ENTROPY_COEF,
-                        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
-                        dtype=dtype,
-                    )
-                    module.configure_model()
-                    module.policy.packs = module.reference.packs = packs
-                    data = OneStep(averaging=averaging, token_budget=budgets(make_groups())[world_size, k])
-                    capture = Gradients()
-                    Trainer(
-                        accelerator="cpu",
-                        devices=world_size,
-                        strategy="ddp" if world_size > 1 else "auto",
-                        max_epochs=1,
-                        logger=False,
-                        callbacks=[capture],
-                        enable_checkpointing=False,
-                        enable_progress_bar=False,
-                        enable_model_summary=False,
-                        use_distributed_sampler=False,
-                    ).fit(module, data)
-                    assert data.accumulate == k
-                    results[dtype, averaging, k, packs] = capture.gradients
+    results = {
+        (dtype, averaging, k, packs): gradient(model, k, packs=packs, averaging=averaging, dtype=dtype)
+        for dtype in ("float64", "float32")
+        for averaging in AVERAGING
+        for k in (1, 2, 4, 8)
+        for packs in (True, False)
+    }
+    for k in (1, 4):
+        results["recomputed", k] = gradient(model, k, dtype="float64", gradient_checkpointing=True)
+        for name, strategy in SHARDED.items():
+            results[name, k] = gradient(model, k, dtype="float64", strategy=FSDP2Strategy(**strategy))
+        name = "sharded, recomputed"
+        results[name, k] = gradient(model, k, dtype="float64", strategy=FSDP2Strategy(), gradient_checkpointing=True)
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(results, out)
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from aspo_lightning.advantages import group_advantages
-from tests.one_step import AVERAGING, ENTROPY_COEF, KL_COEF, MAX_LENGTH, TEMPERATURE, drift, make_groups
+from tests.one_step import AVERAGING, ENTROPY_COEF, KL_COEF, MAX_LENGTH, SHARDED, TEMPERATURE, drift, make_groups
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,3 +75,12 @@ def test_the_gradient_does_not_depend_on_the_split(gradients, tiny_model, averag
                 gradient = gradients[ranks][dtype, averaging, k, packs].double()
                 error = ((gradient - expected).norm() / expected.norm()).item()
                 assert error <= tolerance, (ranks, k, packs, error)
+
+
+@pytest.mark.parametrize("way", ["recomputed", *SHARDED, "sharded, recomputed"])
+def test_the_gradient_does_not_depend_on_how_memory_is_saved(gradients, tiny_model, way):
+    expected = gradient_by_hand(tiny_model, "token_mean")
+    for ranks in (1, 2):
+        for k in (1, 4):
+            error = ((gradients[ranks][way, k] - expected).norm() / expected.norm()).item()
+            assert error <= 1e-6, (ranks, k, error)
