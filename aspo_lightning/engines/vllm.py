@@ -1,4 +1,4 @@
-"""vLLM, in this process. The only file that imports it."""
+"""vLLM, in this process."""
 
 import ctypes
 import functools
@@ -124,17 +124,19 @@ class VLLMEngine(Generator):
         return completions
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        from aspo_lightning.engines.worker import forget_expert_kernels, pack_head
+
         llm = self._running()
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
-            llm.apply_model(_forget_expert_kernels)
+            llm.apply_model(forget_expert_kernels)
         if self._asleep:
             torch.cuda.empty_cache()  # what the trainer's allocator holds and doesn't use
             llm.wake_up(tags=["weights"])  # room for them only: the cache comes when they are in
         # reload_weights and not load_weights: the CPU build packs weights after loading, which must happen again.
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if on_cpu:
-            llm.apply_model(_pack_head)
+            llm.apply_model(pack_head)
             _return_free_memory()
         if self._asleep:
             llm.wake_up(tags=["kv_cache"])
@@ -156,22 +158,6 @@ class VLLMEngine(Generator):
         if self._llm is None:
             raise RuntimeError("the engine has not been started")
         return self._llm
-
-
-def _pack_head(model: torch.nn.Module) -> None:
-    """Packs the head again. A head tied to the embedding is in no weights, so a reload leaves its old packing there."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
-
-
-def _forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Has a mixture's experts packed again by the reload, which only does so where there is no kernel yet."""
-    for module in model.modules():
-        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
-            module.quant_method.moe_kernel = None  # type: ignore[union-attr]
 
 
 def _return_free_memory() -> None:

@@ -1,0 +1,91 @@
+"""What runs inside vLLM's workers: taking over new weights, and what its CPU build needs on top."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from aspo_lightning.engines.transfer import Stream
+
+
+@dataclass
+class Rendezvous(WeightTransferInitInfo):
+    """Where and as whom a server joins."""
+
+    address: str
+    port: int
+    first_rank: int
+    world_size: int
+    timeout_s: float
+
+
+@dataclass
+class Nothing(WeightTransferUpdateInfo):
+    """What comes with an update: the tensors have headers."""
+
+
+class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
+    """A server's end of the stream."""
+
+    init_info_cls = Rendezvous
+    update_info_cls = Nothing
+    supports_draft_weight_update = False
+    stream: Stream | None = None
+
+    def init_transfer_engine(self, init_info: Rendezvous) -> None:
+        parallel = self.parallel_config
+        self.stream = Stream(
+            init_info.address,
+            init_info.port,
+            rank=init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank,
+            world_size=init_info.world_size,
+            device=self.device,
+            timeout_s=init_info.timeout_s,
+        )
+
+    def start_weight_update(self) -> None:
+        if self.device.type == "cpu":
+            forget_expert_kernels(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Nothing) -> None:
+        assert self.stream is not None
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                self.model.load_weights(self.stream.receive())  # type: ignore[operator]
+        except BaseException:
+            self.stream.close()  # so that the trainer doesn't wait
+            raise
+
+    def finish_weight_update(self) -> None:
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                pack_head(self.model)
+
+    def shutdown(self) -> None:
+        self.stream = None
+
+
+def pack_head(model: nn.Module) -> None:
+    """Packs the head again, which the CPU build does after loading.
+
+    A head tied to the embedding is in no weights, so a reload leaves its old packing there.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator]
+
+
+def forget_expert_kernels(model: nn.Module) -> None:
+    """Has the CPU build pack a mixture's experts again in a reload: it only does so where there is no kernel yet."""
+    for module in model.modules():
+        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+            module.quant_method.moe_kernel = None  # type: ignore[union-attr]
