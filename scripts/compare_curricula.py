@@ -1,9 +1,9 @@
 """Epochs until the quickstart's model solves half of its held-out sums, with prompts drawn by pass rate and without.
 
-    python scripts/compare_curricula.py [--seeds 0 1 2] [--max_epochs 30]
+    python scripts/compare_curricula.py [--seeds 0 1 2] [--problems 32] [--max_epochs 30]
 
-The quickstart's config with 100 training problems instead of 4,000, since a pass rate is only worth something for a
-problem that comes again; evaluated after every epoch, ended at 0.5.
+The quickstart's config with few training problems instead of 4,000, since a pass rate is only worth something for a
+problem that comes again (an epoch draws 16); evaluated after every epoch, ended at 0.5.
 """
 
 import argparse
@@ -19,16 +19,16 @@ ROOT = Path(__file__).parent.parent
 THRESHOLD, TAG = 0.5, "eval/chain_sum/avg@4"
 
 
-def epochs_to_threshold(curriculum: str, seed: int, max_epochs: int) -> int | None:
+def epochs_to_threshold(curriculum: str, seed: int, problems: int, max_epochs: int) -> int | None:
     """The number of epochs after which the held-out avg@4 is at least the threshold. None: not reached."""
-    name = f"curriculum_{curriculum}"
+    name = f"curriculum_{curriculum}_{problems}"
     stop = {"monitor": TAG, "mode": "max", "stopping_threshold": THRESHOLD, "patience": max_epochs}
     command = [str(Path(sys.executable).with_name("aspo")), "fit", "--config", "configs/quickstart.yaml"]
     command += ["--seed_everything", str(seed), "--trainer.max_epochs", str(max_epochs)]
     command += ["--trainer.logger.init_args.name", name, "--trainer.logger.init_args.version", f"seed_{seed}"]
     command += ["--trainer.check_val_every_n_epoch", "1", "--checkpoint.every_n_epochs", str(max_epochs)]
     command += ["--trainer.callbacks", json.dumps([{"class_path": "EarlyStopping", "init_args": stop}])]
-    command += ["--data.curriculum", curriculum, "--data.train.init_args.size", "100"]
+    command += ["--data.curriculum", curriculum, "--data.train.init_args.size", str(problems)]
     subprocess.run(command, cwd=ROOT, check=True)
     values = [value for _, value in read_run(ROOT / "runs" / name / f"seed_{seed}")[TAG]]
     reached = [epoch for epoch, value in enumerate(values) if value >= THRESHOLD]  # the first is from before training
@@ -38,10 +38,13 @@ def epochs_to_threshold(curriculum: str, seed: int, max_epochs: int) -> int | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--problems", type=int, default=32)
     parser.add_argument("--max_epochs", type=int, default=30)
     options = parser.parse_args()
     found = {
-        curriculum: [epochs_to_threshold(curriculum, seed, options.max_epochs) for seed in options.seeds]
+        curriculum: [
+            epochs_to_threshold(curriculum, seed, options.problems, options.max_epochs) for seed in options.seeds
+        ]
         for curriculum in ("Shuffled", "PassRate")
     }
     for curriculum, epochs in found.items():
