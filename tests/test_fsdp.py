@@ -135,6 +135,7 @@ def started(runs, lora_runs, sparse_runs):
         [
             runs.command("two_to_two", *SHARDED, "2", *after_first),
             runs.command("one_to_two", *SHARDED, "2", "--ckpt_path", str(runs.checkpoint("two_to_one", 1))),
+            runs.command("shared", *SHARDED, "2", "--data.engine.init_args.tensor_parallel_size", "2"),
             sparse_runs.command("two", *SHARDED, "2"),
             lora_runs.command("two", *SHARDED, "2"),
             lora_runs.command("again", *SHARDED, "2", "--ckpt_path", str(lora_runs.checkpoint("two", 1))),
@@ -179,6 +180,13 @@ def test_after_each_sync_every_ranks_engine_has_the_weights(one, two):
     for record in (one, *two):
         assert len(record["probes"]) == 3
         assert max(record["probes"]) < 1e-4
+
+
+def test_ranks_that_share_an_engine_do_the_same(runs, one, two):
+    for record in runs.records("shared"):
+        assert [p["completions"] for p in record["phases"]] == [p["completions"] for p in one["phases"]]
+        assert max(record["probes"]) < 1e-4
+    assert distance(runs.records("shared")[0]["weights"], one["weights"]) < 1e-5
 
 
 def test_checkpoints_go_on_on_any_number_of_ranks(runs, one, two):
