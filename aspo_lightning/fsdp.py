@@ -47,8 +47,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Args:
         reduce_each_micro_batch: reduces gradients and frees gathered weights after every micro-batch. Otherwise that
-            happens once an optimizer step, which takes less communication and holds the whole gradient in float32 on
-            every rank until then.
+            happens once an optimizer step, and once for all of a phase's scoring; it takes less communication and holds
+            the whole gradient in float32 on every rank until then.
         cpu_offload: weights, gradients and optimizer state stay in the host's memory; layers visit the GPU.
         timeout_minutes: how long ranks wait for one another, e.g. for the longest completion of a phase.
     """
@@ -116,6 +116,22 @@ class FSDP2Strategy(ModelParallelStrategy):
             yield
         finally:
             set_communication(True)
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Generator[None, None, None]:
+        """Gathers each layer of ``model`` once for all forward passes within, instead of once for each."""
+        if self.reduce_each_micro_batch:
+            yield
+            return
+        layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(True, recurse=False)
+                layer.reshard()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Of any number of ranks; or a file written without this strategy."""

@@ -1,6 +1,7 @@
 """ASPOModule: Lightning hooks around policy, frozen reference and objective."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +15,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.models import resolve_model
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
-from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, ScoredCausalLM
+from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, ScoredCausalLM, score_batches
 from aspo_lightning.types import Evaluation, MicroBatch
 from aspo_lightning.weights import full_weights, set_adapters, whole, without_frozen
 
@@ -134,23 +135,28 @@ class ASPOModule(LightningModule):
         if self.reference is not None and not isinstance(self.reference, FSDPModule):
             self.reference.to(self.device)
 
-    @torch.no_grad()
-    def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(old_logprobs[N], ref_logprobs[N]) of a micro-batch, on the CPU. Called while a phase is built."""
+    def score(self, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        """(old_logprobs[N], ref_logprobs[N]) of micro-batches, on the CPU. Called while a phase is built."""
         assert self.policy is not None
-        batch = batch.to(self.device)
+        old = self._logprobs(self.policy, batches, "score")
+        if self.kl_coef == 0:
+            ref = [torch.zeros_like(logprobs) for logprobs in old]
+        elif self.reference is not None:
+            ref = self._logprobs(self.reference, batches, "score reference")
+        else:
+            set_adapters(self.policy, False)
+            ref = self._logprobs(self.policy, batches, "score reference")
+            set_adapters(self.policy, True)
+        return list(zip(old, ref, strict=True))
+
+    def _logprobs(self, model: ScoredCausalLM, batches: Sequence[MicroBatch], description: str) -> list[Tensor]:
+        strategy = self.trainer.strategy
+        gathered = strategy.gathered(model) if isinstance(strategy, FSDP2Strategy) else nullcontext()
         # In the precision of training_step: otherwise the first ratio isn't 1.
-        with self.trainer.precision_plugin.forward_context():
-            old, _ = self.policy(batch, temperature=self.temperature)
-            if self.kl_coef == 0:
-                ref = torch.zeros_like(old)
-            elif self.reference is not None:
-                ref, _ = self.reference(batch, temperature=self.temperature)
-            else:
-                set_adapters(self.policy, False)
-                ref, _ = self.policy(batch, temperature=self.temperature)
-                set_adapters(self.policy, True)
-        return old.cpu(), ref.cpu()
+        with gathered, self.trainer.precision_plugin.forward_context():
+            return score_batches(
+                model, batches, temperature=self.temperature, device=self.device, description=description
+            )
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         assert self.policy is not None

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from tqdm.auto import tqdm
 
 from aspo_lightning.advantages import SPREAD_TOLERANCE, AdvantageEstimator, group_advantages
 from aspo_lightning.batching import Averaging, Plan, loss_weights, plan_phase
@@ -20,8 +19,8 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.metrics import SOLVED, accuracy, pass_at_k, repetition_rate
 from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
 
-Scorer = Callable[[MicroBatch], tuple[Tensor, Tensor]]
-"""(old_logprobs[N], ref_logprobs[N]) of a micro-batch, on the CPU."""
+Scorer = Callable[[Sequence[MicroBatch]], list[tuple[Tensor, Tensor]]]
+"""(old_logprobs[N], ref_logprobs[N]) of each micro-batch, on the CPU."""
 
 MismatchCorrection = Literal["off", "truncate", "mask"]
 NoSpread = Literal["drop", "keep", "refill"]
@@ -97,10 +96,10 @@ def build_phase(
     )
     micro_batches = pack([s for g in sequences for s in g], plan, averaging, max_completion_length, rank, world_size)
     start = time.perf_counter()
-    scored = []
-    for batch in tqdm(micro_batches, desc="score", leave=False, disable=None):
-        old, ref = scorer(batch)
-        scored.append(replace(batch, old_logprobs=old, ref_logprobs=ref))
+    scored = [
+        replace(batch, old_logprobs=old, ref_logprobs=ref)
+        for batch, (old, ref) in zip(micro_batches, scorer(micro_batches), strict=True)
+    ]
     metrics["time/score_s"] = time.perf_counter() - start
     metrics |= mismatch_metrics(scored, world_size)
     corrected = [correct_mismatch(batch, mismatch_correction, mismatch_bounds) for batch in scored]

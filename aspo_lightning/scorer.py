@@ -3,10 +3,12 @@
 Axes: T tokens of a packed row, N response tokens, H hidden size, V vocabulary, B vocabulary entries of a chunk.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aspo_lightning.errors import ConfigError
@@ -139,6 +141,15 @@ def _chunks(n: int, size: int) -> list[slice]:
 
 def _logit_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def score_batches(
+    model: nn.Module, batches: Sequence[MicroBatch], *, temperature: float, device: torch.device, description: str
+) -> list[Tensor]:
+    """Log-probs[N] of each micro-batch's response tokens, on the CPU; behind a progress bar."""
+    bar = tqdm(batches, desc=description, leave=False, disable=None)
+    return [model(batch.to(device), temperature=temperature)[0].cpu() for batch in bar]
 
 
 class ScoredCausalLM(nn.Module):

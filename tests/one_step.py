@@ -64,12 +64,13 @@ class OneStep(LightningDataModule):
         self.settings = settings
 
     def train_dataloader(self):
-        def scorer(batch):
-            old, ref = self.trainer.lightning_module.score(batch)
-            for i, token in enumerate(batch.targets.tolist()):
-                old[i] += drift(token, 7)
-                ref[i] += drift(token, 3)
-            return old, ref
+        def scorer(batches):
+            scores = self.trainer.lightning_module.score(batches)
+            for batch, (old, ref) in zip(batches, scores, strict=True):
+                for i, token in enumerate(batch.targets.tolist()):
+                    old[i] += drift(token, 7)
+                    ref[i] += drift(token, 3)
+            return scores
 
         phase = build_phase(
             make_groups(),

@@ -41,7 +41,7 @@ class Recorder(Callback):
             [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
             generator_logprobs=[c.generator_logprobs for c in completions],
         )
-        self.probes.append((pl_module.score(batch)[0] - batch.generator_logprobs).abs().max().item())
+        self.probes.append((pl_module.score([batch])[0][0] - batch.generator_logprobs).abs().max().item())
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.fault and trainer.current_epoch == 1 and trainer.global_rank == self.fault_rank:
@@ -55,7 +55,7 @@ class Recorder(Callback):
     def on_train_end(self, trainer, pl_module):
         record = {key: getattr(self, key) for key in ("phases", "gradients", "probes")}
         batch = MicroBatch.from_sequences([(prompt, range(60, 70)) for prompt in PROBE])
-        record["logprobs"] = pl_module.score(batch)[0]
+        record["logprobs"] = pl_module.score([batch])[0][0]
         record["weights"] = {name: tensor.clone() for name, tensor in pl_module.policy_weights()}
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(record, self.folder / f"rank_{trainer.global_rank}.pt")

@@ -39,8 +39,8 @@ def group(i, rewards, lengths=None, **kwargs):
     return RolloutGroup(prompt(i), tuple(rollouts))
 
 
-def minus_one(batch: MicroBatch):
-    return torch.full_like(batch.advantages, -1.0), torch.full_like(batch.advantages, -2.0)
+def minus_one(batches: list[MicroBatch]):
+    return [(torch.full_like(b.advantages, -1.0), torch.full_like(b.advantages, -2.0)) for b in batches]
 
 
 SETTINGS = {"epoch": 0, "optimizer_steps": 2, "token_budget": 40, "max_completion_length": 8}

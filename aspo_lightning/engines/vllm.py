@@ -124,7 +124,7 @@ class VLLMEngine(Generator):
         return completions
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        from aspo_lightning.engines.worker import forget_expert_kernels, pack_head
+        from aspo_lightning.engines.worker import embeddings, forget_expert_kernels, load_in_place, pack_head
 
         llm = self._running()
         on_cpu = not torch.cuda.is_available()
@@ -134,7 +134,8 @@ class VLLMEngine(Generator):
             torch.cuda.empty_cache()  # what the trainer's allocator holds and doesn't use
             llm.wake_up(tags=["weights"])  # room for them only: the cache comes when they are in
         # reload_weights and not load_weights: the CPU build packs weights after loading, which must happen again.
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        (modules,) = llm.apply_model(embeddings)
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": load_in_place(modules, named_tensors)})
         if on_cpu:
             llm.apply_model(pack_head)
             _return_free_memory()

@@ -1,18 +1,24 @@
 """What runs inside vLLM's workers: taking over new weights, and what its CPU build needs on top."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
 
 from aspo_lightning.engines.transfer import Stream
+
+# A reload makes each layer anew before it copies it over the old one. For the largest two that would be felt, so they
+# stay where they are, for ``load_in_place``.
+SKIP_MODULES.update({"VocabParallelEmbedding", "ParallelLMHead"})
 
 
 @dataclass
@@ -59,7 +65,8 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
         assert self.stream is not None
         try:
             with set_current_vllm_config(self.vllm_config):
-                self.model.load_weights(self.stream.receive())  # type: ignore[operator]
+                weights = load_in_place(embeddings(self.model), self.stream.receive())
+                self.model.load_weights(weights)  # type: ignore[operator]
         except BaseException:
             self.stream.close()  # so that the trainer doesn't wait
             raise
@@ -74,11 +81,26 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
         self.stream = None
 
 
-def pack_head(model: nn.Module) -> None:
-    """Packs the head again, which the CPU build does after loading.
+def embeddings(model: nn.Module) -> dict[str, VocabParallelEmbedding]:
+    """Embedding and head, by the names of their weights."""
+    return {
+        f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, VocabParallelEmbedding)
+    }
 
-    A head tied to the embedding is in no weights, so a reload leaves its old packing there.
-    """
+
+def load_in_place(
+    modules: Mapping[str, VocabParallelEmbedding], named_tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Copies weights of ``modules`` to where they are, and passes on the others."""
+    for name, tensor in named_tensors:
+        if name in modules:
+            modules[name].weight_loader(modules[name].weight, tensor)  # type: ignore[arg-type]
+        else:
+            yield name, tensor
+
+
+def pack_head(model: nn.Module) -> None:
+    """Packs the head again, as the CPU build does after loading."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator]
