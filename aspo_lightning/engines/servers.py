@@ -141,10 +141,15 @@ class VLLMServers(Generator):
         )
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        if rank() != 0:
+        if rank() == 0:
+            self._send(named_tensors)
+        else:
             for _ in named_tensors:  # gathering a sharded tensor takes all ranks
                 pass
-            return
+        if dist.is_initialized():
+            dist.barrier()  # no rank samples before all servers have all weights
+
+    def _send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         stream = self._stream
         if stream is None:
             raise RuntimeError("the engine has not been started")
