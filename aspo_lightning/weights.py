@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -61,4 +62,15 @@ def without_frozen(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (collective); any other unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.placements != (Shard(0),):
+        return tensor.full_tensor()
+    # Not full_tensor: gloo's gather holds all of it twice, and so does a gather of shards that differ in size.
+    local, group = tensor.to_local(), tensor.device_mesh.get_group()
+    full = torch.empty(tensor.shape, dtype=local.dtype, device=local.device)
+    for rank, part in enumerate(full.chunk(dist.get_world_size(group))):
+        if rank == dist.get_rank(group):
+            part.copy_(local)
+        dist.broadcast(part, group=group, group_src=rank)
+    return full

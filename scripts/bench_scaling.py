@@ -1,6 +1,6 @@
 """What a second rank brings: tokens/s of generation and of update, two ranks of one thread against one rank of one.
 
-    python scripts/bench_scaling.py [--model FOLDER] [--epochs 4]
+    python scripts/bench_scaling.py [--model FOLDER] [--epochs 3]
 
 Both runs are `aspo fit` with FSDP2 and vLLM on the quickstart's model, on the same phases: the learning rate is 0, so
 they sample the same completions. Also the balance of the ranks (max / mean tokens), how much more memory a sync of the
@@ -89,6 +89,7 @@ def config(model: str, folder: Path, ranks: int, epochs: int) -> dict:
         "checkpoint": {"every_n_epochs": epochs},
         "model": {
             "model_name_or_path": model,
+            "kl_coef": 0,
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
         },
         "data": {
@@ -98,8 +99,8 @@ def config(model: str, folder: Path, ranks: int, epochs: int) -> dict:
             },
             # As many completions at a time on each rank, in both runs.
             "engine": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.3, "max_num_seqs": 16}},
-            "prompts_per_phase": 8,
-            "group_size": 4,
+            "prompts_per_phase": 12,
+            "group_size": 8,
             "optimizer_steps": 1,
             "no_spread": "keep",
             "max_prompt_length": 128,
@@ -152,7 +153,7 @@ def products(processes: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="~/.cache/aspo_lightning/SmolLM2-135M-Instruct")
-    parser.add_argument("--epochs", type=int, default=4, help="the first isn't counted")
+    parser.add_argument("--epochs", type=int, default=3, help="the first isn't counted")
     options = parser.parse_args()
     ceilings = [products(2) / products(1) for _ in range(3)]
     spread = f"({min(ceilings):.2f} to {max(ceilings):.2f})"
