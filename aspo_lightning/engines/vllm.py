@@ -74,6 +74,10 @@ class VLLMEngine(Generator):
                 "distributed_executor_backend": "external_launcher",
                 "tensor_parallel_size": self.tensor_parallel_size,
             }
+            if on_cpu:
+                from aspo_lightning.engines.worker import without_shared_memory
+
+                without_shared_memory()
         kv_cache_gib = 1.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
         cpu_settings = {
             # A prompt cut in two chunks while it is sampled with a seed fails on a CPU ("CPU Generator does not use

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -97,6 +98,14 @@ def load_in_place(
             modules[name].weight_loader(modules[name].weight, tensor)  # type: ignore[arg-type]
         else:
             yield name, tensor
+
+
+def without_shared_memory() -> None:
+    """Has ranks that share an engine of the CPU build talk by gloo.
+
+    Under this launcher their shared memory has the same name in every run, also in one that was killed.
+    """
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False  # type: ignore[method-assign]
 
 
 def pack_head(model: nn.Module) -> None:
