@@ -164,6 +164,7 @@ class VLLMServers(Generator):
                     stream.send(name, tensor)
                 stream.end()
             except RuntimeError as error:  # of the process group
+                stream.close()  # the other servers still wait for the next tensor
                 for url in self.urls:
                     self._ask(url, "GET", "/health")  # names the one that is gone
                 raise ConfigError(
