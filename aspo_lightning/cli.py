@@ -237,7 +237,7 @@ def main() -> None:
             return tool(sys.argv[2:])
         cli = ASPOCLI
         if command == "plan":
-            cli, sys.argv[1] = PlanCLI, "fit"
+            cli, sys.argv[1] = PlanCLI, "fit"  # which is what it parses
         cli(
             ASPOModule,
             RolloutDataModule,

@@ -177,18 +177,14 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.sampling.max_tokens} = {self.context_length} tokens, more than the {context} that "
                 f"{self.model_name_or_path} was made for. Lower one of them."
             )
-        size, ranks = self.engine.tensor_parallel_size, self.trainer.world_size if self.trainer else 1
-        if ranks % size:
-            raise ConfigError(
-                f"data.engine shares an engine among tensor_parallel_size {size} ranks, but there are {ranks}; it must "
-                "divide them."
-            )
+        check_shared_engines(self.engine, self.trainer.world_size if self.trainer else 1)
         # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
         self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
         self.pool.load(f for task in [self.train_task, *self.val_tasks.values()] for f in sorted(task.functions()))
         self.tokenizer = load_tokenizer(self.model_name_or_path)
         self.val_prompts = {name: self._prompts(task) for name, task in self.val_tasks.items()}
         self.train_prompts = held_out(self._prompts(self.train_task), self.val_prompts.values())
+        size = self.engine.tensor_parallel_size
         if size > 1 and any(p.environment for p in self.train_prompts):
             raise ConfigError(
                 "An environment's replies are made on each rank, and ranks that share an engine (tensor_parallel_size "
@@ -327,6 +323,15 @@ class _EvaluationLoader:
 
     def __iter__(self) -> Iterator[Evaluation]:
         yield self._data.evaluate(self._name)
+
+
+def check_shared_engines(engine: Generator, ranks: int) -> None:
+    """Raises ConfigError unless the ranks can be shared out among engines."""
+    if ranks % engine.tensor_parallel_size:
+        raise ConfigError(
+            f"data.engine shares an engine among tensor_parallel_size {engine.tensor_parallel_size} ranks, but there "
+            f"are {ranks}; it must divide them."
+        )
 
 
 def check_sampling(size_name: str, size: int, temperature_name: str, temperature: float, top_p: float) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from aspo_lightning.datamodule import RolloutDataModule
+from aspo_lightning.datamodule import RolloutDataModule, check_shared_engines
 from aspo_lightning.engines import Generator, TransformersEngine, VLLMEngine
-from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy, blocks
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.scorer import ScoredCausalLM
@@ -42,6 +41,8 @@ class Run:
     devices: int
     """Processes of a node: one for each GPU."""
     sharded: bool
+    strategy_by_name: bool
+    """Given as fsdp2, without settings of its own."""
     reduces_each: bool
     cpu_offload: bool
     half: bool
@@ -172,6 +173,7 @@ def engine_memory(run: Run, config: Any, count: int) -> tuple[dict[str, float], 
 def changes(run: Run) -> dict[str, Run]:
     """Settings that take less memory, and the run that each makes of this one."""
     found: dict[str, Run] = {}
+    strategy = "--trainer.strategy FSDP2Strategy " * run.strategy_by_name + "--trainer.strategy"
     if not run.gradient_checkpointing:
         found["--model.gradient_checkpointing true"] = replace(run, gradient_checkpointing=True)
     if run.token_budget > run.context_length:
@@ -181,11 +183,11 @@ def changes(run: Run) -> dict[str, Run]:
     if not run.half and run.on_gpu:
         found["--trainer.precision bf16-mixed"] = replace(run, half=True)
     if not run.sharded and run.world_size > 1:
-        found["--trainer.strategy fsdp2"] = replace(run, sharded=True)
+        found["--trainer.strategy fsdp2"] = replace(run, sharded=True, strategy_by_name=True)
     if run.sharded and not run.reduces_each:
-        found["--trainer.strategy.reduce_each_micro_batch true"] = replace(run, reduces_each=True)
+        found[f"{strategy}.reduce_each_micro_batch true"] = replace(run, reduces_each=True)
     if run.on_gpu and run.sharded and not run.cpu_offload:
-        found["--trainer.strategy.cpu_offload true"] = replace(run, cpu_offload=True)
+        found[f"{strategy}.cpu_offload true"] = replace(run, cpu_offload=True)
     if not run.lora_rank:
         found["--model.lora_rank 32"] = replace(run, lora_rank=32, reference=False)
     if run.on_gpu:
@@ -231,7 +233,7 @@ def report(run: Run, plan: Plan, epoch: list[str]) -> tuple[str, bool]:
     lines += ["", *(f"Doesn't fit: {problem}." for problem in wrong)]
     better = {change: make_plan(other) for change, other in changes(run).items()}
     lines += [
-        f"  {change:<48} {max(other.peaks):.1f} GB" + (", fits" if not problems(run, other) else "")
+        f"  {change:<80} {max(other.peaks):.1f} GB" + (", fits" if not problems(run, other) else "")
         for change, other in sorted(better.items(), key=lambda item: max(item[1].peaks))
         if max(other.peaks) < max(plan.peaks)
     ]
@@ -246,11 +248,7 @@ class Planner:
 
     def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: Any) -> None:
         run = run_of(model, datamodule, self.settings, self.gpu_memory)
-        if run.world_size % datamodule.engine.tensor_parallel_size:
-            raise ConfigError(
-                f"data.engine shares an engine among tensor_parallel_size {datamodule.engine.tensor_parallel_size} "
-                f"ranks, but there are {run.world_size}; it must divide them."
-            )
+        check_shared_engines(run.engine, run.world_size)
         text, fits = report(run, make_plan(run), epoch_lines(datamodule, run.world_size))
         print(text)
         if not fits:
@@ -277,6 +275,7 @@ def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_
         nodes=trainer.num_nodes,
         devices=devices,
         sharded=strategy == "fsdp2" or isinstance(strategy, FSDP2Strategy),
+        strategy_by_name=strategy == "fsdp2",
         reduces_each=getattr(strategy, "reduce_each_micro_batch", False),
         cpu_offload=getattr(strategy, "cpu_offload", False),
         half=trainer.precision == "bf16-mixed",

@@ -107,11 +107,23 @@ def test_what_doesnt_fit_is_told_with_what_would_help(planned, tmp_path):
     assert short == pytest.approx(4 * 8.191 * 5 / 2 - 80 + sum_of(parts), abs=0.1)
     assert f"an update takes {parts['together'][0]:.1f} GB, {short:.1f} more than there are" in text
     assert re.search(r"--trainer.strategy.cpu_offload true +[\d.]+ GB, fits", text)
-    # What is advised is true.
-    advised = float(re.search(r"--model.lora_rank 32 +([\d.]+) GB, fits", text)[1])
-    parts, text, code = planned(*args, "--trainer.devices", "2", "--model.lora_rank", "32")
-    assert code == 0, text
-    assert max(parts["together"]) == pytest.approx(advised, abs=0.06)
+    assert re.search(r"--model.lora_rank 32 +[\d.]+ GB, fits", text)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "FSDP2Strategy", "ddp"])
+def test_what_is_advised_can_be_typed_and_does_what_it_says(strategy, planned, tmp_path):
+    MODELS["qwen3_4b"][0].save_pretrained(tmp_path)
+    args = ["--config", "configs/recipes/qwen3_4b.yaml", "--model.model_name_or_path", str(tmp_path)]
+    args += ["--trainer.strategy", strategy, "--gpu-memory", "42", "--model.gradient_checkpointing", "false"]
+    args += ["--trainer.precision", "32-true", "--data.token_budget", "12000", "--model.attn_implementation", "sdpa"]
+    _, text, code = planned(*args)
+    assert code == 1
+    advice = re.findall(r"^  (--.+?)  +([\d.]+) GB(, fits)?$", text, re.MULTILINE)
+    assert len(advice) >= 5
+    for change, peak, fits in advice:
+        parts, _, code = planned(*args, *change.split())
+        assert max(parts["together"]) == pytest.approx(float(peak), abs=0.06), change
+        assert (code == 0) == bool(fits), change
 
 
 def sum_of(parts):

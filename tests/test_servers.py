@@ -8,7 +8,10 @@ import time
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from aspo_lightning.engines import SamplingRequest, VLLMServers
+from aspo_lightning.errors import ConfigError
 from tests.conftest import save_model, save_tokenizer
 from tests.test_cli import ASPO, ROOT, aspo, aspo_here, scalars
 from tests.test_fsdp import SHARDED, Runs, free_port, on_ranks
@@ -103,6 +106,31 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     result = aspo(*runs.command("broken", *engine(servers[0]), *go_on))
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(scalars(run)["policy/loss"]) == epochs + 1
+
+
+def test_a_server_lost_while_it_takes_weights_lets_the_other_go(tiny_model, servers):
+    weights = load_file(f"{tiny_model}/model.safetensors")
+    lost = Server(tiny_model)
+    lost.wait()
+
+    def until_one_is_lost():
+        for i, named in enumerate(weights.items()):
+            if i == 3:
+                lost.signal(signal.SIGKILL)
+            yield named
+
+    both = VLLMServers([servers[0].url, lost.url])
+    both.start(tiny_model, context_length=64)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=f"The vLLM server at {lost.url} doesn't answer"):
+        both.sync_weights(until_one_is_lost())
+    assert time.monotonic() - start < 60  # and not after the time that servers wait for each other
+    lost.process.wait()
+    other = VLLMServers([servers[0].url])
+    other.start(tiny_model, context_length=64)
+    other.sync_weights(weights.items())
+    (completion,) = other.generate([SamplingRequest((5, 6, 7), 8, seed=1)], description="test")
+    assert len(completion.completion_ids) > 0
 
 
 def test_servers_that_cannot_serve_the_run_are_told_before_it_starts(runs, servers, tmp_path, monkeypatch):

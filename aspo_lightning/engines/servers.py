@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from aspo_lightning.engines.base import Generator, SamplingRequest
 from aspo_lightning.engines.transfer import Stream
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.types import Completion
+
+CONNECTIONS = 256  # to a server at a time: as many completions as it samples by default, and few enough open files
 
 
 class VLLMServers(Generator):
@@ -101,8 +102,8 @@ class VLLMServers(Generator):
     async def _generate(self, requests: Sequence[SamplingRequest], description: str) -> list[Completion]:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         mine = self.urls[rank() :: ranks] or [self.urls[rank() % len(self.urls)]]
-        bar = tqdm(total=len(requests), desc=description, leave=False, disable=not sys.stderr.isatty())
-        limits = httpx.Limits(max_connections=None)
+        bar = tqdm(total=len(requests), desc=description, leave=False, disable=None)
+        limits = httpx.Limits(max_connections=CONNECTIONS * len(mine))
         with bar:
             async with httpx.AsyncClient(timeout=None, limits=limits) as client:
                 tasks = [
