@@ -70,6 +70,7 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
                 self.model.load_weights(load_in_place(embeddings(self.model), stream.receive()))  # type: ignore[operator]
         except BaseException:
             stream.close()  # so that the trainer doesn't wait
+            self.finish_weight_update()  # vLLM calls it off without, and the next update would find layers half made
             raise
 
     def finish_weight_update(self) -> None:
