@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from aspo_lightning.callbacks import run_folder
 from aspo_lightning.engines import Generator, SamplingRequest
@@ -31,7 +32,7 @@ class NonFiniteGuard(Callback):
     """Ends a run in which several optimizer steps in a row have a loss or gradient that isn't finite.
 
     The module skips each such step: weights and optimizer state stay as they were. What the last of them was computed
-    from is kept in the run's folder.
+    from is kept in the run's folder. Weights that aren't finite end a run before a checkpoint has them.
 
     Args:
         patience: so many steps in a row.
@@ -51,6 +52,13 @@ class NonFiniteGuard(Callback):
         self.in_a_row = 0 if pl_module.step_is_finite else self.in_a_row + 1
         if not self.in_a_row:
             return
+        mine = (p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters())
+        finite = all(bool(p.isfinite().all()) for p in mine)
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            raise ConfigError(
+                f"The policy's weights aren't finite, found in step {trainer.global_step}; no checkpoint has them. "
+                f"{GO_ON}."
+            )
         if self.in_a_row < self.patience:
             rank_zero_warn(f"The loss or gradient of step {trainer.global_step} isn't finite; the step was skipped.")
             return

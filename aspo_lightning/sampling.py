@@ -219,9 +219,10 @@ def _answer(
 ) -> None:
     """Adds the environment's reply to each episode, or ends it."""
     calls = [Call(e.prompt.environment, list(e.turns), e.prompt.row) for e in episodes if e.prompt.environment]
-    for episode, (reply, failed) in zip(episodes, pool.run(calls, "environment"), strict=True):
-        if failed or not isinstance(reply, str):
-            episode.failed = failed or reply is not None
+    for episode, result in zip(episodes, pool.run(calls, "environment"), strict=True):
+        reply = result.value
+        if not isinstance(reply, str):
+            episode.failed = result.failed or reply is not None
             episode.ended = True
             _keep(episode, journal)
             continue

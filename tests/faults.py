@@ -33,7 +33,8 @@ class Fault(Callback):
     """Strikes in an epoch: once, or ``times`` if it is reached again.
 
     ``part`` is where: generate, engine (in a step of vLLM), reward, score, update, checkpoint (when the temporary file
-    is written). ``kind`` is what: a signal's name, raise, or hang. The file ``struck`` remembers it across restarts.
+    is written). ``kind`` is what: a signal's name, raise, hang, nan (in a weight), pool (its processes are killed), or
+    clock (it jumps back a day). The file ``struck`` remembers it across restarts.
     """
 
     def __init__(self, part: str, kind: str, struck: str, times: int = 1, epoch: int = 1) -> None:
@@ -83,4 +84,13 @@ class Fault(Callback):
             raise RuntimeError("the engine broke")
         if self.kind == "hang":
             time.sleep(10_000)
-        os.kill(os.getpid(), getattr(signal, self.kind))
+        if self.kind == "nan":
+            next(trainer.lightning_module.parameters()).data.fill_(float("nan"))
+        elif self.kind == "pool":
+            for worker in trainer.datamodule.pool._workers:
+                os.kill(worker._process.pid, signal.SIGKILL)
+        elif self.kind == "clock":
+            now = time.time
+            time.time = lambda: now() - 86400
+        else:
+            os.kill(os.getpid(), getattr(signal, self.kind))

@@ -223,6 +223,33 @@ def test_an_engine_that_breaks_twice_ends_the_run(rank):
     assert list(rank.run("twice").glob("checkpoints/epoch_00000*"))  # to go on from
 
 
+@pytest.mark.parametrize("kind", ["raise", "hang"])
+def test_on_two_ranks_an_engine_that_breaks_or_hangs_ends_the_run(two_ranks, kind):
+    timeout = ["--data.engine.init_args.timeout_s", "5"]
+    two_ranks.start(kind, *timeout, part="engine", kind=kind)
+    assert 0 not in two_ranks.wait()
+    assert ("vLLM hangs: no step in 5 s" if kind == "hang" else "the engine broke") in two_ranks.text(kind)
+    assert two_ranks.fit(kind, *timeout, "--ckpt_path", "last") == 0, two_ranks.text(kind)[-3000:]
+    two_ranks.check_whole(kind)
+
+
+@pytest.mark.parametrize("kind", ["rank", "two_ranks"])
+def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint_has_them(request, kind):
+    ranks: Ranks = request.getfixturevalue(kind)
+    ranks.start("nan", part="update", kind="nan")
+    assert 0 not in ranks.wait()
+    assert "The policy's weights aren't finite, found in step " in ranks.text("nan")
+    assert ranks.fit("nan", "--ckpt_path", "last") == 0, ranks.text("nan")[-3000:]
+    ranks.check_whole("nan")
+
+
+@pytest.mark.parametrize(("kind", "part"), [("pool", "reward"), ("clock", "generate"), ("clock", "checkpoint")])
+def test_killed_reward_processes_and_a_clock_that_jumps_change_nothing(rank, kind, part):
+    name = f"{kind}_{part}"
+    assert rank.fit(name, part=part, kind=kind) == 0, rank.text(name)[-3000:]
+    rank.check_whole(name)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(rank):
     assert rank.fit("damaged", "--trainer.max_epochs", "3") == 0
     newest = rank.run("damaged") / "checkpoints" / "epoch_00002.ckpt"

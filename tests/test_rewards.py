@@ -1,5 +1,7 @@
 """The pool with real processes and hostile rewards; the verifiers with real answers."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +65,16 @@ def test_what_a_reward_forked_is_killed_with_it(pool, tmp_path):
 def alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_processes_killed_from_outside_cost_nothing(pool, tmp_path):
+    expected = [Score(float(i), False) for i in range(6)]
+    assert pool.score(items(*["number"] * 6, scale=1)) == expected
+    for worker in pool._workers:  # while they have nothing to do
+        os.kill(worker._process.pid, signal.SIGKILL)
+    assert pool.score(items(*["number"] * 6, scale=1)) == expected
+    # In the middle of a call: the first time it is made, it kills its own process.
+    assert pool.score(items("crash_once", "number", scale=1, file=str(tmp_path / "crashed"))) == expected[:2]
 
 
 def test_closing_leaves_no_process(pool):

@@ -43,6 +43,8 @@ class Result(NamedTuple):
     value: Any
     failed: bool
     """The function hung, crashed or raised; the value is then None."""
+    died: bool = False
+    """Its process ended before it answered."""
 
 
 class RewardItem(NamedTuple):
@@ -109,12 +111,16 @@ class RewardPool:
     def run(self, calls: Sequence[Call], description: str = "reward") -> list[Result]:
         """The results of the calls, in their order.
 
+        A call whose process dies is made once more: it may have been killed from outside, as by a machine short of
+        memory, and a reward must not depend on that.
+
         Raises:
             ConfigError: if a function can't be imported.
         """
         results: list[Result | None] = [None] * len(calls)
         waiting = deque(range(len(calls)))
         running: dict[int, int] = {}  # slot -> call
+        repeated: set[int] = set()
         with tqdm(total=len(calls), desc=description, leave=False, disable=None) as bar:
             while waiting or running:
                 for slot in range(len(self._workers)):
@@ -122,10 +128,16 @@ class RewardPool:
                         running[slot] = waiting.popleft()
                         self._worker(slot).send(calls[running[slot]])
                 for slot, call in list(running.items()):
-                    if (result := self._result(slot, calls[call])) is not None:
-                        results[call] = result
-                        del running[slot]
-                        bar.update()
+                    result = self._result(slot, calls[call])
+                    if result is None:
+                        continue
+                    if result.died and call not in repeated:
+                        repeated.add(call)
+                        self._worker(slot).send(calls[call])
+                        continue
+                    results[call] = result
+                    del running[slot]
+                    bar.update()
                 if running:
                     workers = [self._worker(slot) for slot in running]
                     soonest = min(worker.deadline for worker in workers)
@@ -134,7 +146,7 @@ class RewardPool:
 
     def _result(self, slot: int, call: Call) -> Result | None:
         """The slot's result if it is decided by now."""
-        worker = self._worker(slot)
+        worker, died = self._worker(slot), False
         try:
             while worker.connection.poll():
                 message = json.loads(worker.connection.recv_bytes(1 << 20))
@@ -152,11 +164,13 @@ class RewardPool:
                 return None
         except ConfigError:
             raise
-        except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError):
-            pass  # what it said makes no sense: as good as crashed
+        except (OSError, EOFError):
+            died = True
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass  # what it said makes no sense
         worker.kill()
         self._workers[slot] = None
-        return Result(None, failed=True)
+        return Result(None, failed=True, died=died)
 
     def _worker(self, slot: int) -> "_Worker":
         worker = self._workers[slot]
