@@ -1,4 +1,4 @@
-"""What a person sees of a run: phase measurements in TensorBoard, a line an epoch, accuracy before and after."""
+"""What a run shows and keeps: phase measurements, a line an epoch, evaluations, the weights that did best."""
 
 import itertools
 import resource

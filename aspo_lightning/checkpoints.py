@@ -121,9 +121,13 @@ def sync_to_disk(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    sync_to_disk(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        sync_to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_to_disk(path.parent)
 
 
 def last_checkpoint(root: Path) -> Path:

@@ -345,12 +345,18 @@ def fit_summary(trainer: Trainer) -> str:
 
 def check_same_mathematics(checkpoint: Path, config: dict[str, Any]) -> None:
     """Raises ConfigError if a run would go on under settings that compute something else than it did so far."""
-    configs = list(checkpoint.resolve().parent.parent.glob("config*.yaml"))
+    folder = checkpoint.resolve().parent.parent
+    configs = list(itertools.takewhile(Path.exists, (folder / f"config{resumed(n)}.yaml" for n in itertools.count())))
     if not configs:
         return
-    newest = max(configs, key=lambda path: path.stat().st_mtime_ns)
-    if changes := changed_mathematics(yaml.safe_load(newest.read_text()), config):
-        told = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in changes.items())
+    try:
+        before = yaml.safe_load(configs[-1].read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"{configs[-1]} is damaged: {error}. Without it a run goes on by --allow_changes true."
+        ) from error
+    if changes := changed_mathematics(before, config):
+        told = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
         raise ConfigError(
             f"The run of {checkpoint} would go on as another one: {told}. Set that back, or go on all the same by "
             "--allow_changes true."

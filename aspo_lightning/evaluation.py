@@ -23,13 +23,8 @@ from aspo_lightning.metrics import SOLVED, interval, maj_at_k, pass_at_k, repeti
 from aspo_lightning.provenance import flat, versions
 from aspo_lightning.types import Prompt, RolloutGroup
 
-RESULT, COMPLETIONS, TABLE, SETTINGS, JOURNAL = (
-    "result.json",
-    "completions.jsonl",
-    "table.md",
-    "settings.json",
-    "journal",
-)
+RESULT, COMPLETIONS, TABLE = "result.json", "completions.jsonl", "table.md"
+SETTINGS, JOURNAL = "settings.json", "journal"
 
 
 class Measurement(NamedTuple):
@@ -104,7 +99,7 @@ def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in named_tensors:
         bits = tensor.flatten().view(torch.int16)
-        # Two sums, so that neither a change nor an exchange goes unseen; of a vector's length, not of a copy's.
+        # A sum alone wouldn't see two weights exchanged. In parts: whole tensors as integers would take much memory.
         sums = [
             (int(part.sum(dtype=torch.int64)), int((part.long() * torch.arange(len(part), device=part.device)).sum()))
             for part in bits.split(1 << 20)
@@ -229,10 +224,7 @@ def read_known(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the folder is empty, or one in which an evaluation with these settings goes on.
-
-    Only what ``settings`` holds is compared.
-    """
+    """Raises ConfigError unless the folder is empty, or one in which an evaluation with these settings goes on."""
     if not folder.exists():
         return
     if not folder.is_dir():
