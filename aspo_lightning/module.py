@@ -17,7 +17,7 @@ from aspo_lightning.errors import ConfigError, refuse_null
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.models import resolve_model
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
-from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, ScoredCausalLM, score_batches
+from aspo_lightning.scorer import ScoredCausalLM, score_batches
 from aspo_lightning.types import Evaluation, MicroBatch
 from aspo_lightning.weights import full_weights, set_adapters, whole, without_frozen
 
@@ -50,7 +50,8 @@ class ASPOModule(LightningModule):
         dtype: of the weights that are trained; compute precision is ``trainer.precision``.
         attn_implementation: as in transformers; ``flash_attention_2`` on GPUs.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
-        chunk_size: vocabulary entries whose logits the scorer holds at a time.
+        chunk_size: vocabulary entries whose logits the scorer holds at a time. None: 4096; on a CPU
+            fewer where there are many tokens.
         lora_rank: trains low-rank adapters of this rank instead of the weights. 0: the weights.
         lora_alpha: the adapters' product is scaled by lora_alpha / lora_rank.
     """
@@ -68,7 +69,7 @@ class ASPOModule(LightningModule):
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
-        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        chunk_size: int | None = None,
         lora_rank: int = 0,
         lora_alpha: float = 32.0,
     ) -> None:
@@ -80,7 +81,7 @@ class ASPOModule(LightningModule):
             raise ConfigError(f"model.entropy_coef is {entropy_coef}; it is a finite number (0 is no bonus).")
         if not 0 <= lora_alpha < math.inf:
             raise ConfigError(f"model.lora_alpha is {lora_alpha}; it is >= 0.")
-        if chunk_size < 1:
+        if chunk_size is not None and chunk_size < 1:
             raise ConfigError(f"model.chunk_size is {chunk_size}; it must be at least 1.")
         if lora_rank < 0:
             raise ConfigError(f"model.lora_rank is {lora_rank}; it is >= 0 (0 trains the weights themselves).")

@@ -20,7 +20,7 @@ from aspo_lightning.datamodule import RolloutDataModule, check_shared_engines
 from aspo_lightning.engines import Generator, TransformersEngine, VLLMEngine
 from aspo_lightning.fsdp import FSDP2Strategy, blocks
 from aspo_lightning.module import ASPOModule
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.scorer import CHUNK_SIZE, ScoredCausalLM
 
 GB = 1e9
 FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
@@ -50,7 +50,7 @@ class Run:
     dtype: torch.dtype
     attn_implementation: str
     gradient_checkpointing: bool
-    chunk_size: int
+    chunk_size: int | None
     lora_rank: int
     reference: bool
     optimizer_states: int
@@ -131,7 +131,7 @@ def make_plan(run: Run) -> Plan:
     )
     if run.attn_implementation != "flash_attention_2":
         update["attention mask"] = tokens**2
-    update["scorer"] = tokens * (3 * min(run.chunk_size, vocabulary) + 2 * hidden) * FULL
+    update["scorer"] = tokens * (3 * min(run.chunk_size or CHUNK_SIZE, vocabulary) + 2 * hidden) * FULL
 
     sampling, cache, per_token = engine_memory(run, config, count)
     return Plan(

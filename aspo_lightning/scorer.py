@@ -16,7 +16,8 @@ from aspo_lightning.matmul import matmul, use_fast_linears
 from aspo_lightning.types import MicroBatch
 from aspo_lightning.weights import add_lora
 
-DEFAULT_CHUNK_SIZE = 4096
+CHUNK_SIZE = 4096
+"""Vocabulary entries, unless given: on a GPU few and large kernels. See also ``_chunk_size``."""
 
 
 def token_logprobs(
@@ -25,7 +26,7 @@ def token_logprobs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     entropy_grad: bool = False,
@@ -42,7 +43,7 @@ def token_logprobs(
         weight: [V, H] output embedding.
         targets: [N] token ids.
         temperature: divides the logits, as it did when the tokens were sampled.
-        chunk_size: vocabulary entries whose logits are held at a time.
+        chunk_size: vocabulary entries whose logits are held at a time. None: ``_chunk_size``.
         bias: [V] of the output head.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma), before the temperature.
         entropy_grad: whether the entropy carries gradient; costs time, needed only for an entropy bonus.
@@ -50,6 +51,8 @@ def token_logprobs(
     Returns:
         (logprobs[N], entropy[N]), float32 (float64 for float64 input), whatever the dtype of ``hidden``.
     """
+    if chunk_size is None:
+        chunk_size = _chunk_size(len(hidden), hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad)
 
@@ -89,6 +92,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
+        hidden_t = hidden.T.contiguous()  # once, not for each chunk's product
         for v in _chunks(len(weight), chunk_size):
             logits, slope = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)
             # d logp[target] / d logit_v = [v = target] - p_v;   d entropy / d logit_v = -p_v (log p_v + entropy)
@@ -108,7 +112,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden += matmul(grad, weight[v])
             if grad_weight is not None:
-                grad_weight[v] = matmul(grad.T, hidden)
+                grad_weight[v] = matmul(grad.T, hidden_t.T)
             if grad_bias is not None:
                 grad_bias[v] = grad.sum(0)
         if grad_hidden is not None:
@@ -135,6 +139,11 @@ def _targets_in(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
     return row, targets[row] - chunk.start
 
 
+def _chunk_size(n: int, device: torch.device) -> int:
+    """On a CPU logits [N, B] of 8 MiB: they stay in its caches, and their memory is used again."""
+    return CHUNK_SIZE if device.type != "cpu" else min(CHUNK_SIZE, max(512, 2**21 // max(n, 1)))
+
+
 def _chunks(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -158,7 +167,7 @@ class ScoredCausalLM(nn.Module):
     The unit that FSDP shards, and used for policy and reference alike. ``lm`` is the plain Hugging Face model.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, chunk_size: int = DEFAULT_CHUNK_SIZE) -> None:
+    def __init__(self, lm: PreTrainedModel, *, chunk_size: int | None = None) -> None:
         super().__init__()
         use_fast_linears(lm)
         self.lm = lm
@@ -175,7 +184,7 @@ class ScoredCausalLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
-        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        chunk_size: int | None = None,
         lora_rank: int = 0,
         lora_alpha: float = 32.0,
         weights: bool = True,

@@ -20,9 +20,9 @@ def plain(hidden, weight, targets):
 
 
 def ours(hidden, weight, targets):
-    from aspo_lightning.scorer import DEFAULT_CHUNK_SIZE, token_logprobs
+    from aspo_lightning.scorer import token_logprobs
 
-    return token_logprobs(hidden, weight, targets, chunk_size=DEFAULT_CHUNK_SIZE)[0]
+    return token_logprobs(hidden, weight, targets)[0]
 
 
 def trl(hidden, weight, targets):

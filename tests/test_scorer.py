@@ -51,6 +51,16 @@ def test_values_and_gradients_equal_plain_softmax(chunk_size, temperature, softc
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 700, 5000])
+def test_chunks_by_default_change_nothing(n):
+    hidden, weight, _, targets = head(n=n, v=5000)
+    expected = plain(hidden, weight, targets)[0]
+    ours = token_logprobs(hidden, weight, targets)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    grads, expected_grads = (torch.autograd.grad(x.square().sum(), [hidden, weight]) for x in (ours, expected))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-10, atol=1e-10)
+
+
 def test_large_logits_stay_exact():
     hidden, weight, _, targets = head()
     ours = token_logprobs(hidden * 300, weight, targets, chunk_size=5)
