@@ -7,7 +7,7 @@ import random
 import signal
 import statistics
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -105,7 +105,9 @@ class RatioCanary(Callback):
 class Probe:
     """Compares engine and trainer on a fixed prompt, each time the engine has new weights.
 
-    Finds weights that didn't arrive, or a prefix cache of the old ones: the prompt is long enough to be cached.
+    Finds weights that didn't arrive, or a prefix cache of the old ones: the prompt is long enough to be cached. Several
+    samples of the one token behind it cost little more than one: they share the prompt, in the engine as in the row
+    that the trainer scores.
 
     Args:
         vocabulary: ids below this one make the prompt.
@@ -114,27 +116,31 @@ class Probe:
         factor: how much larger than at first the difference may grow.
     """
 
-    SAMPLED, LONGEST = 2, 132
-    """Tokens: sampled, and with the prompt at most."""
+    SAMPLES = 4
+    BLOCK, BLOCKS = 32, 4
+    """The prompt is up to so many blocks of tokens and one more; engines cache blocks of 16, 32 or 128."""
     AT_FIRST, LEAST = 0.5, 1e-4
     """Allowed of the mean |log-prob difference|: at first, and always."""
 
     def __init__(self, vocabulary: int, context_length: int, temperature: float, factor: float) -> None:
         draw = random.Random(0)
-        length = min(self.LONGEST, context_length) - self.SAMPLED
+        blocks = min(self.BLOCKS, (context_length - 2) // self.BLOCK)
+        length = blocks * self.BLOCK + 1 if blocks else context_length - 1
         prompt = tuple(draw.randrange(vocabulary) for _ in range(length))
-        self.request = SamplingRequest(prompt, self.SAMPLED, seed=0, temperature=temperature)
+        self.requests = [SamplingRequest(prompt, 1, seed=i, temperature=temperature) for i in range(self.SAMPLES)]
         self.factor = factor
         self.first: float | None = None
 
     def sample(self, engine: Generator) -> MicroBatch:
         """What the engine makes of the prompt, to be scored by the trainer."""
         with engine_errors():
-            completions = engine.generate([self.request] * engine.copies, description="probe")
-        return MicroBatch.from_sequences(
-            [(self.request.prompt_ids, c.completion_ids) for c in completions],
-            generator_logprobs=[c.generator_logprobs for c in completions],
-        )
+            requests = [request for request in self.requests for _ in range(engine.copies)]
+            completions = engine.generate(requests, description="probe")
+        row = MicroBatch.from_sequences([(self.requests[0].prompt_ids, (0,))])
+        each = {field.name: getattr(row, field.name).repeat(len(completions)) for field in fields(row)[2:]}
+        each["targets"] = torch.tensor([c.completion_ids[0] for c in completions])
+        each["generator_logprobs"] = torch.tensor([c.generator_logprobs[0] for c in completions])
+        return replace(row, **each)
 
     def check(self, batch: MicroBatch, logprobs: Tensor) -> None:
         """Raises ConfigError if the engine's log-probs aren't the trainer's, ``logprobs`` [N]."""
