@@ -81,6 +81,15 @@ def test_after_some_such_steps_the_run_ends_with_the_batch_saved(tiny_model, tmp
     assert torch.equal(saved[0]["targets"], data.phase.micro_batches[-data.phase.accumulate].targets)
 
 
+def test_weights_that_are_not_finite_are_told_as_such(tiny_model):
+    module, data = ASPOModule(tiny_model, optimizer=adam(1e-2)), Phases(make_groups())
+    module.configure_model()
+    module.policy.lm.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ConfigError, match=r"The policy's weights aren't finite, found in step 1; no checkpoint"):
+        fit(module, data, callbacks=[RatioCanary(), NonFiniteGuard()])
+    assert data.phase.accumulate > 1  # the canary looked before the step was known to be one
+
+
 class OtherTemperature(ASPOModule):
     def training_step(self, batch, batch_idx):
         temperature, self.temperature = self.temperature, 0.9
