@@ -38,6 +38,19 @@ class PhaseReport(Callback):
         pl_module.log("time/update_s", update_s, batch_size=1, sync_dist=True)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         _print(epoch_line(trainer.current_epoch, {**metrics, "time/update_s": update_s}))
+        log_epoch(trainer)
+
+
+def log_epoch(trainer: Trainer) -> None:
+    """Writes what was measured in the epoch that ends.
+
+    Lightning does so behind the epoch's checkpoint: a run killed in between would go on with a gap in its curves.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped -= 1  # the step of the last batch, as Lightning has it
+    trainer._logger_connector.update_train_epoch_metrics()
+    loop._batches_that_stepped += 1
+    loop._results.clear()  # or it would be written again
 
 
 def epoch_line(epoch: int, metrics: dict[str, float]) -> str:

@@ -93,7 +93,7 @@ class SaveConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(folder)
         again = next(n for n in itertools.count() if not (folder / f"config{resumed(n)}.yaml").exists())
-        self.parser.save(self.config, folder / f"config{resumed(again)}.yaml", skip_none=False, multifile=False)
+        write_text(folder / f"config{resumed(again)}.yaml", self.parser.dump(self.config, skip_none=False))
         origin = {
             "command": sys.argv,
             "versions": versions(),
@@ -350,8 +350,8 @@ def check_same_mathematics(checkpoint: Path, config: dict[str, Any]) -> None:
     if not configs:
         return
     try:
-        before = yaml.safe_load(configs[-1].read_text())
-    except (yaml.YAMLError, ValueError) as error:
+        before = dict(yaml.safe_load(configs[-1].read_text()))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{configs[-1]} is damaged: {error}. Without it a run goes on by --allow_changes true."
         ) from error

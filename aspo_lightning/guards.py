@@ -51,7 +51,7 @@ class NonFiniteGuard(Callback):
         if (batch_idx + 1) % k:
             return
         self.in_a_row = 0 if pl_module.step_is_finite else self.in_a_row + 1
-        if not self.in_a_row:
+        if not self.in_a_row and not trainer.is_last_batch:
             return
         mine = (p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters())
         finite = all(bool(p.isfinite().all()) for p in mine)
@@ -60,6 +60,8 @@ class NonFiniteGuard(Callback):
                 f"The policy's weights aren't finite, found in step {trainer.global_step}; no checkpoint has them. "
                 f"{GO_ON}."
             )
+        if not self.in_a_row:
+            return
         if self.in_a_row < self.patience:
             rank_zero_warn(f"The loss or gradient of step {trainer.global_step} isn't finite; the step was skipped.")
             return

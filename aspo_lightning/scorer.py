@@ -92,7 +92,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
-        hidden_t = hidden.T.contiguous()  # once, not for each chunk's product
+        hidden_t = hidden.T.contiguous() if need_weight else hidden.T  # once, not for each chunk's product
         for v in _chunks(len(weight), chunk_size):
             logits, slope = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)
             # d logp[target] / d logit_v = [v = target] - p_v;   d entropy / d logit_v = -p_v (log p_v + entropy)
@@ -140,7 +140,7 @@ def _targets_in(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
 
 
 def _chunk_size(n: int, device: torch.device) -> int:
-    """On a CPU logits [N, B] of 8 MiB: they stay in its caches, and their memory is used again."""
+    """On a CPU logits [N, B] of about 8 MiB: they stay in its caches, and their memory is used again."""
     return CHUNK_SIZE if device.type != "cpu" else min(CHUNK_SIZE, max(512, 2**21 // max(n, 1)))
 
 

@@ -58,7 +58,8 @@ def main() -> None:
         time.sleep(0.1)
     time.sleep(3.0)
     run.send_signal(signal.SIGKILL)
-    run.wait()
+    if run.wait() != -signal.SIGKILL:
+        raise SystemExit(f"it ended with {run.returncode} before it was killed: see the logs")
     finish(start(folder, "killed", "--ckpt_path", "last"))
     ours, theirs = (folder / n / "version_0" for n in ("undisturbed", "killed"))
     for i in range(EPOCHS):

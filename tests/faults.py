@@ -1,5 +1,6 @@
 """Callbacks that make a run fail at a chosen place, and that write down what it sampled. Used through `aspo fit`."""
 
+import itertools
 import json
 import os
 import signal
@@ -29,12 +30,19 @@ class Completions(Callback):
         checkpoints.write_text(path, text)
 
 
+class Late(Callback):
+    """Logs something when an epoch ends."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("late", float(trainer.current_epoch))
+
+
 class Fault(Callback):
     """Strikes in an epoch: once, or ``times`` if it is reached again.
 
     ``part`` is where: generate, engine (in a step of vLLM), reward, score, update, checkpoint (when the temporary file
-    is written). ``kind`` is what: a signal's name, raise, hang, nan (in a weight), pool (its processes are killed), or
-    clock (it jumps back a day). The file ``struck`` remembers it across restarts.
+    is written), saved (behind it). ``kind`` is what: a signal's name, raise, hang, nan (in a weight), pool (its
+    processes are killed), or clock (it jumps a day to and fro). The file ``struck`` remembers it across restarts.
     """
 
     def __init__(self, part: str, kind: str, struck: str, times: int = 1, epoch: int = 1) -> None:
@@ -47,6 +55,7 @@ class Fault(Callback):
             "reward": (data.pool, "score"),
             "score": (pl_module, "score"),
             "checkpoint": (checkpoints, "sync_to_disk"),
+            "saved": (trainer._logger_connector, "on_epoch_end"),
             "update": (None, ""),
             "engine": (None, ""),
         }[self.part]
@@ -76,7 +85,8 @@ class Fault(Callback):
 
     def strike(self, trainer):
         done = len(self.struck.read_text()) if self.struck.exists() else 0
-        epoch = trainer.fit_loop.epoch_progress.current.processed - (self.part == "checkpoint")  # counted by then
+        counted = self.part in ("checkpoint", "saved")  # by then
+        epoch = trainer.fit_loop.epoch_progress.current.processed - counted
         if epoch != self.epoch or done >= self.times:
             return
         self.struck.write_text("x" * (done + 1))
@@ -90,7 +100,7 @@ class Fault(Callback):
             for worker in trainer.datamodule.pool._workers:
                 os.kill(worker._process.pid, signal.SIGKILL)
         elif self.kind == "clock":
-            now = time.time
-            time.time = lambda: now() - 86400
+            now, jumps = time.time, itertools.cycle((86400, -86400))
+            time.time = lambda: now() + next(jumps)
         else:
             os.kill(os.getpid(), getattr(signal, self.kind))

@@ -51,6 +51,7 @@ class Ranks:
     def start(self, name: str, *args: str, **fault) -> list[int]:
         """The process ids of a start."""
         callbacks = [{"class_path": "tests.faults.Completions", "init_args": {"folder": str(self.folder / name)}}]
+        callbacks.append({"class_path": "tests.faults.Late"})
         if fault:
             fault["struck"] = str(self.folder / f"{name}.struck")
             callbacks.append({"class_path": "tests.faults.Fault", "init_args": fault})
@@ -97,6 +98,7 @@ class Ranks:
         assert len(ours) == EPOCHS
         before, after = (scalars(self.run(n)) for n in ("undisturbed", name))
         assert before.keys() == after.keys()
+        assert [value for _, value in after["late"]] == list(range(EPOCHS))  # each epoch once
         for tag in before:
             if not tag.startswith("time/"):
                 assert before[tag] == after[tag], tag
@@ -177,12 +179,13 @@ def test_killed_at_a_random_moment_it_goes_on_as_if_it_never_was(request, kind, 
 PARTS = ["generate", "reward", "score", "update", "checkpoint"]
 
 
-def test_sigterm_in_each_part_ends_a_run_behind_its_epoch(rank):
+def test_a_signal_in_each_part_ends_a_run_behind_its_epoch(rank):
     """One run that is stopped in one part after the other, an epoch each, and goes on."""
     go_on: list[str] = []
     for epoch, part in enumerate(PARTS):
-        assert rank.fit("term", *go_on, part=part, kind="SIGTERM", epoch=epoch) == 128 + signal.SIGTERM
-        assert "SIGTERM: stopping when this epoch has ended" in rank.text("term")
+        kind = ("SIGTERM", "SIGUSR1", "SIGINT")[epoch % 3]
+        assert rank.fit("term", *go_on, part=part, kind=kind, epoch=epoch) == 128 + signal.Signals[kind]
+        assert f"{kind}: stopping when this epoch has ended" in rank.text("term")
         # The epoch it came in was finished; while its checkpoint is written, the next one.
         assert len(list((rank.folder / "term").iterdir())) == epoch + 1 + (part == "checkpoint")
         (rank.folder / "term.struck").unlink()
@@ -192,7 +195,7 @@ def test_sigterm_in_each_part_ends_a_run_behind_its_epoch(rank):
 
 def test_killed_in_each_part_it_goes_on_as_if_it_never_was(rank):
     go_on: list[str] = []
-    for epoch, part in enumerate(PARTS, start=1):
+    for epoch, part in enumerate(["saved", *PARTS]):
         assert rank.fit("kill", *go_on, part=part, kind="SIGKILL", epoch=epoch) == -signal.SIGKILL
         (rank.folder / "kill.struck").unlink()
         go_on = ["--ckpt_path", "last"]
@@ -213,6 +216,7 @@ def test_an_engine_that_breaks_or_hangs_is_started_again(rank, kind):
     timeout = ["--data.engine.init_args.timeout_s", "5"]
     assert rank.fit(kind, *timeout, part="engine", kind=kind) == 0, rank.text(kind)[-3000:]
     assert ("vLLM hangs: no step in 5 s" if kind == "hang" else "the engine broke") in rank.text(kind)
+    assert ("most recent call first" in rank.text(kind)) == (kind == "hang")  # where it hangs
     assert "Starting again" in rank.text(kind)
     rank.check_whole(kind)
 

@@ -1,10 +1,13 @@
 """Guards, each with the fault that it is there for."""
 
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from aspo_lightning import ASPOModule
@@ -79,6 +82,24 @@ def test_after_some_such_steps_the_run_ends_with_the_batch_saved(tiny_model, tmp
     saved = torch.load(path)
     assert len(saved) == data.phase.accumulate
     assert torch.equal(saved[0]["targets"], data.phase.micro_batches[-data.phase.accumulate].targets)
+
+
+def test_weights_that_are_not_finite_end_a_run_before_its_checkpoint(tiny_model, tmp_path):
+    class LastStep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.is_last_batch:
+                pl_module.policy.lm.model.norm.weight.data[3] = float("nan")
+
+    def run(*callbacks):
+        saved = ModelCheckpoint(tmp_path, save_on_train_epoch_end=True)
+        module = ASPOModule(tiny_model, optimizer=adam(1e-2))
+        fit(module, Phases(make_groups()), callbacks=[*callbacks, NonFiniteGuard(), saved], enable_checkpointing=True)
+
+    with pytest.raises(ConfigError, match="The policy's weights aren't finite"):
+        run(LastStep())
+    assert not list(tmp_path.iterdir())
+    run()
+    assert list(tmp_path.glob("*.ckpt"))
 
 
 def test_weights_that_are_not_finite_are_told_as_such(tiny_model):
@@ -176,11 +197,17 @@ def test_the_probe_catches_a_prefix_cache_that_is_not_emptied(probed, engine, mo
     look(probe, engine, policy)
 
 
-def test_the_probe_catches_weights_that_are_not_finite(probed):
-    probe, _ = probed
+def test_the_probe_catches_weights_that_are_not_finite(probed, engine):
+    probe, policy = probed
     batch = MicroBatch.from_sequences([((5, 6), (7, 8))], generator_logprobs=[[-1.0, -1.0]])
     with pytest.raises(ConfigError, match="not finite"):
         probe.check(batch, torch.tensor([-1.0, float("nan")]))
+    norm = torch.full((64,), float("nan"))
+    engine.sync_weights((n, norm if n == "model.norm.weight" else p) for n, p in policy.lm.named_parameters())
+    with pytest.raises(ConfigError, match="not finite"):  # in the engine alone
+        look(probe, engine, policy)
+    engine.sync_weights(policy.lm.named_parameters())
+    look(probe, engine, policy)
 
 
 def curves(entropy, accuracy, clip=0.01, repetition=0.0):
@@ -211,6 +238,21 @@ def test_the_signs_of_a_collapse(guard, signs):
     again = CollapseGuard()
     again.load_state_dict(guard.state_dict())
     assert set(again.signs()) == signs
+
+
+def test_a_collapse_is_told_once_and_may_end_the_run():
+    guard = curves(lambda x: 1.3 * 0.01**x, lambda x: 0.25)
+    last = {tag: curve[-1] for tag, curve in guard.curves.items()}
+    trainer = SimpleNamespace(callback_metrics={tag: torch.tensor(value) for tag, value in last.items()})
+    with pytest.warns(UserWarning, match="the policy no longer explores"):
+        guard.on_train_epoch_end(trainer, None)
+    assert all(curve[-1] == pytest.approx(last[tag]) and len(curve) == 21 for tag, curve in guard.curves.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guard.on_train_epoch_end(trainer, None)
+    guard.stop = True
+    with pytest.raises(ConfigError, match=r"no longer explores .* or leave CollapseGuard\.stop out"):
+        guard.on_train_epoch_end(trainer, None)
 
 
 def test_patience_is_checked():

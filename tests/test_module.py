@@ -46,10 +46,9 @@ def fit(module, data, **settings):
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"logger": False, **settings},
+        **{"logger": False, "enable_checkpointing": False, **settings},
     )
     trainer.fit(module, data)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 
 def end_process(reason: str) -> None:
-    """The last words of a process that hangs, and where it hangs."""
-    faulthandler.dump_traceback(all_threads=True)
+    """The last words of a process that hangs."""
     print(f"aspo: error: {reason}. Go on by --ckpt_path last.", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -45,5 +44,6 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(max(0.0, self._last + self.timeout_s - time.monotonic())):
             if time.monotonic() >= self._last + self.timeout_s:
+                faulthandler.dump_traceback(all_threads=True)  # where it hangs
                 self.on_hang(self.reason)
                 return

@@ -164,9 +164,9 @@ class RewardPool:
                 return None
         except ConfigError:
             raise
-        except (OSError, EOFError):
+        except (EOFError, ConnectionError):
             died = True
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass  # what it said makes no sense
         worker.kill()
         self._workers[slot] = None
