@@ -14,6 +14,10 @@ from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation import TABLE, Results
+from aspo_lightning.run_folder import run_folder
+
+OF_A_PHASE = ("rollout/", "policy/", "mismatch/", "time/")
+"""Beginnings of the tags that an epoch measures anew."""
 
 
 class PhaseReport(Callback):
@@ -24,6 +28,8 @@ class PhaseReport(Callback):
         self._validation_start = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for tag in [tag for tag in trainer.callback_metrics if tag.startswith(OF_A_PHASE)]:
+            del trainer.callback_metrics[tag]  # Lightning keeps the last value of what isn't measured this time
         pl_module.log_dict(trainer.datamodule.phase.metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)  # type: ignore[attr-defined]
         self._start = time.perf_counter()
 
@@ -51,6 +57,8 @@ def log_epoch(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_epoch_metrics()
     loop._batches_that_stepped += 1
     loop._results.clear()  # or it would be written again
+    for logger in trainer.loggers:
+        logger.save()  # some write to disk now and then only
 
 
 def epoch_line(epoch: int, metrics: dict[str, float]) -> str:
@@ -138,7 +146,7 @@ class BestCheckpoint(ModelCheckpoint):
             )
         self.monitor = self.monitor or next(iter(tags), None)
         if run := run_folder(trainer):
-            self.dirpath = str(Path(run) / "best")
+            self.dirpath = str(run.best)
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,11 +174,10 @@ class EvaluationResults(Callback):
             return
         settings = trainer.datamodule.evaluation_settings()  # type: ignore[attr-defined]
         for again in itertools.count():
-            name = f"step_{trainer.global_step:06d}" + (f".{again}" if again else "")
             try:
-                self._open(trainer, Path(run) / "eval" / name, settings)
+                self._open(trainer, run.evaluation(trainer.global_step, again), settings)
             except ConfigError:
-                continue  # a run that went on from before that step, not to the bit as it was
+                continue  # of a run that was resumed from before that step, not to the bit as it was
             return
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,11 +196,6 @@ class EvaluationResults(Callback):
         self.on_validation_epoch_end(trainer, pl_module)
         assert self.folder is not None
         _print(f"{(self.folder / TABLE).read_text()}\nResults: {self.folder}")
-
-
-def run_folder(trainer: Trainer) -> str | None:
-    """Where this run is logged. Unlike ``trainer.log_dir``, rank 0 can ask alone."""
-    return getattr(trainer.logger, "log_dir", None)
 
 
 def peak_memory_gb() -> float:

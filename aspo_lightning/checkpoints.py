@@ -1,10 +1,12 @@
-"""Checkpoints that are written whole or not at all, know when they are damaged, and the one to go on from."""
+"""Checkpoints that are written whole or not at all, know when they are damaged, and are read without running code."""
 
 import json
 import os
+import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         if Path(path).is_dir():
             raise ConfigError(
-                f"The checkpoint {path} is a sharded one. Go on from it by --trainer.strategy fsdp2, on any number of "
-                "ranks (--trainer.devices 1 too)."
+                f"The checkpoint {path} is a sharded one. Resume from it with --trainer.strategy fsdp2, on any number "
+                "of ranks (--trainer.devices 1 too)."
             )
         check_whole(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only)
+        return load(Path(path), map_location=map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
@@ -78,7 +80,7 @@ def check_whole(path: Path) -> None:
     """Raises ConfigError if a checkpoint (a file, or the folder of a sharded one) is damaged, as far as can be told."""
     path = path.resolve()
     if not path.exists():
-        raise ConfigError(f"The checkpoint {path} doesn't exist. --ckpt_path last takes the newest one.")
+        raise ConfigError(f"The checkpoint {path} doesn't exist. --ckpt_path last takes the newest run's newest one.")
     try:
         if path.is_dir():
             digests: dict[str, str] = json.loads((path / DIGESTS).read_text()) if (path / DIGESTS).exists() else {}
@@ -93,8 +95,8 @@ def check_whole(path: Path) -> None:
         reason = str(error)
     if reason:
         raise ConfigError(
-            f"The checkpoint {path} is damaged: {reason}. Go on from another; --ckpt_path last takes the newest whole "
-            "one."
+            f"The checkpoint {path} is damaged: {reason}. Resume from another; with the run's folder as --ckpt_path "
+            "that is the newest whole one."
         )
 
 
@@ -104,8 +106,8 @@ def not_written(path: Path, error: BaseException) -> ConfigError:
     full = shutil.disk_usage(folder).free < 1 << 20
     reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
     return ConfigError(
-        f"The checkpoint {path} couldn't be written: {reason}. Those before it are as they were; go on from there by "
-        "--ckpt_path last."
+        f"The checkpoint {path} couldn't be written: {reason}. Those before it are as they were; resume from there "
+        "with --ckpt_path last."
     )
 
 
@@ -130,40 +132,62 @@ def write_text(path: Path, text: str) -> None:
     sync_to_disk(path.parent)
 
 
-def last_checkpoint(root: Path) -> Path:
-    """The newest checkpoint of the newest run below ``root`` (``root/version_N/checkpoints/*.ckpt``) that has one.
+def load(path: Path, **options: Any) -> dict[str, Any]:
+    """What a file holds, if that is tensors and plain data: a checkpoint from a stranger can't run code.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if it holds something else.
     """
-    runs = sorted(root.glob("version_*"), key=lambda run: int(re.sub(r"\D", "", run.name) or -1), reverse=True)
-    for run in runs:
-        if any((run / "checkpoints").glob("*.ckpt")):
-            return newest_checkpoint(run)
-    raise ConfigError(
-        f"--ckpt_path last: no run below {root} has a checkpoint yet. Start one by leaving --ckpt_path out, or give "
-        "the path of a checkpoint."
-    )
+    try:
+        content = torch.load(path, weights_only=True, **options)
+    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if match := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+            raise ConfigError(
+                f"{path} holds {match[1]}, and a checkpoint may hold nothing but tensors and plain data. If a callback "
+                "of your own put it there, keep plain data in its state_dict."
+            ) from error
+        raise ConfigError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} isn't a checkpoint: it holds a {type(content).__name__}.")
+    return content
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint of a run that was written last and isn't damaged. Damaged ones are named.
+TRAINED_AS = ("model_name_or_path", "lora_rank", "lora_alpha")
+
+
+def metadata(checkpoint: Path) -> dict[str, Any]:
+    """What isn't sharded in a checkpoint of ``aspo fit``; of one that isn't sharded all of it, not read from the disk.
 
     Raises:
-        ConfigError: if it has none.
+        ConfigError: if it isn't one, or can't be read.
     """
-    checkpoints = [path for path in (run / "checkpoints").glob("*.ckpt") if not path.is_symlink()]
-    if not checkpoints:
-        raise ConfigError(f"The run {run} has no checkpoint yet.")
+    content = load(checkpoint / METADATA if checkpoint.is_dir() else checkpoint, mmap=True)
+    settings = content.get("model")
+    if not isinstance(settings, dict) or not {*TRAINED_AS, "dtype"} <= set(settings) or "global_step" not in content:
+        raise ConfigError(f"{checkpoint} isn't a checkpoint of `aspo fit`: it doesn't say which model it is of.")
+    return content
 
-    def age(path: Path) -> tuple[int, int]:  # by the number in its name first: clocks jump
-        return int((re.findall(r"\d+", path.stem) or [0])[-1]), path.stat().st_mtime_ns
 
-    for path in sorted(checkpoints, key=age, reverse=True):
-        try:
-            check_whole(path)
-        except ConfigError as error:
-            print(f"{str(error).partition('. Go on')[0]}. Taking the one before it.")
-        else:
-            return path
-    raise ConfigError(f"All checkpoints of {run} are damaged: {', '.join(path.name for path in checkpoints)}.")
+def trained_from(checkpoint: Path) -> dict[str, Any]:
+    """The settings of ``ASPOModule`` that a checkpoint's weights fit: the model, its dtype, the adapters.
+
+    Raises:
+        ConfigError: if it was not written by ``aspo fit``.
+    """
+    settings = metadata(checkpoint)["model"]
+    return {**{name: settings[name] for name in TRAINED_AS}, "dtype": str(settings["dtype"]).removeprefix("torch.")}
+
+
+def trained_steps(checkpoint: Path) -> int:
+    """Optimizer steps up to a checkpoint."""
+    return int(metadata(checkpoint)["global_step"])
+
+
+def check_between_phases(checkpoint: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a checkpoint from which no run can be resumed: one that was written within an epoch."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    if epochs["started"] != epochs["processed"]:
+        raise ConfigError(
+            f"The checkpoint was written within epoch {epochs['processed']}, whose phase was sampled by weights that "
+            "are gone. Resume from one that was written at the end of an epoch."
+        )

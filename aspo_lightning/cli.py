@@ -1,17 +1,14 @@
 """The command line: ``aspo fit | validate | test | plan | export | report``."""
 
-import fcntl
 import inspect
-import itertools
-import json
 import os
 import re
 import shlex
 import sys
-import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 # Before torch and tokenizers are imported: the reward processes are forked off a process with threads otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +17,8 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from aspo_lightning import export, report
 from aspo_lightning.callbacks import (
@@ -29,19 +27,28 @@ from aspo_lightning.callbacks import (
     EvaluationResults,
     PhaseReport,
     peak_memory_gb,
-    run_folder,
 )
-from aspo_lightning.checkpoints import AtomicCheckpointIO, check_whole, last_checkpoint, write_text
+from aspo_lightning.checkpoints import AtomicCheckpointIO, trained_from, trained_steps
+from aspo_lightning.curriculum import Curriculum
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.engines import Generator
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError, EngineError
-from aspo_lightning.export import find_checkpoint, is_trained, trained_from, trained_steps
 from aspo_lightning.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
+from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.objectives import Objective
 from aspo_lightning.plan import Planner
-from aspo_lightning.provenance import changed_mathematics, git_revision, versions
+from aspo_lightning.run_folder import (
+    RunFolder,
+    RunRecord,
+    check_writable,
+    find_checkpoint,
+    is_run,
+    is_trained,
+    last_run,
+    new_run,
+)
 from aspo_lightning.tasks import Task
 
 
@@ -51,7 +58,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
         if match := re.search(
-            r'"(?:\w+\.)*(model\.objective|data\.(?:engine|train|val))".*import path string: (\S+)', message
+            r'"(?:\w+\.)*(model\.objective|data\.(?:engine|train|val|curriculum))".*import path string: (\S+)', message
         ):
             key, name = match.groups()
             known = ", ".join(sorted(subclass_names(SWAPPABLE[key])))
@@ -66,6 +73,7 @@ SWAPPABLE: dict[str, type] = {
     "data.engine": Generator,
     "data.train": Task,
     "data.val": Task,
+    "data.curriculum": Curriculum,
 }
 
 
@@ -77,50 +85,8 @@ def subclass_names(base: type) -> set[str]:
 
 
 GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes resolved config, versions and code revision into the run's folder; new files each time it goes on."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
-        self.lock: TextIO | None = None
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or (log_dir := run_folder(trainer)) is None:
-            return
-        folder = Path(log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(folder)
-        again = next(n for n in itertools.count() if not (folder / f"config{resumed(n)}.yaml").exists())
-        write_text(folder / f"config{resumed(again)}.yaml", self.parser.dump(self.config, skip_none=False))
-        origin = {
-            "command": sys.argv,
-            "versions": versions(),
-            "aspo_lightning": git_revision(Path(__file__).parent),
-            "working_directory": git_revision(Path.cwd()),
-            "ranks": trainer.world_size,
-        }
-        write_text(folder / f"origin{resumed(again)}.json", json.dumps(origin, indent=1) + "\n")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.lock is not None:
-            self.lock.close()
-
-
-def lock(folder: Path) -> TextIO:
-    """Keeps other runs out of a run's folder, for as long as the file is open. Raises ConfigError if one is in it."""
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(f"Another run is writing to {folder}. Wait for its end, or start this one again.") from error
-    return file
-
-
-def resumed(number: int) -> str:
-    """What the files have in their names that a run writes when it goes on for the n-th time."""
-    return f"_resumed_{number}" if number else ""
+SAVED = {"best": BestCheckpoint, "checkpoint": ModelCheckpoint}
+CALLBACKS = {**GUARDS, **SAVED}
 
 
 class ASPOCLI(LightningCLI):
@@ -128,10 +94,8 @@ class ASPOCLI(LightningCLI):
         parser.link_arguments("model.model_name_or_path", "data.model_name_or_path")
         parser.link_arguments("data.temperature", "model.temperature")
         parser.link_arguments("seed_everything", "data.seed")
-        for key, guard in GUARDS.items():
-            parser.add_lightning_class_args(guard, key)
-        parser.add_lightning_class_args(BestCheckpoint, "best")  # first: the other's checkpoints hold its state
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        for key, callback in CALLBACKS.items():
+            parser.add_class_arguments(callback, key)
         parser.set_defaults(
             {
                 "trainer.reload_dataloaders_every_n_epochs": 1,
@@ -140,10 +104,13 @@ class ASPOCLI(LightningCLI):
                 "trainer.log_every_n_steps": 1,
                 "trainer.gradient_clip_val": 1.0,
                 "trainer.max_epochs": 100,
+                "trainer.default_root_dir": "runs/aspo",
                 "trainer.logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": "runs", "name": "aspo"},
+                    "init_args": {"save_dir": RUN},
                 },
+                "data.engine": {"class_path": "aspo_lightning.engines.VLLMEngine"},
+                "data.curriculum": {"class_path": "aspo_lightning.curriculum.Shuffled"},
                 "checkpoint.monitor": "step",  # the newest two: one may turn out to be damaged
                 "checkpoint.mode": "max",
                 "checkpoint.save_top_k": 2,
@@ -173,34 +140,52 @@ class ASPOCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if self.subcommand == "fit":
-            check_checkpoints(config.checkpoint)
         check_strategy(config.trainer.strategy)
-        logger = config.trainer.logger
-        if not isinstance(logger, Namespace) or "save_dir" not in logger.init_args:
+        root = Path(config.trainer.default_root_dir)
+        self.run: RunFolder | None = None
+        source = Path(config.ckpt_path).expanduser() if config.get("ckpt_path") else None
+        if source == Path("last"):
+            source = last_run(root).path
+        if source is not None:
+            config.ckpt_path = str(find_checkpoint(source))
+        if self.subcommand != "fit" or config.trainer.fast_dev_run:
+            config.trainer.logger = False
             return
-        root = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
-        check_writable(Path(logger.init_args.save_dir))
-        if config.get("ckpt_path") == "last":
-            checkpoint = last_checkpoint(root)
-            config.ckpt_path = str(checkpoint)
-            if self.subcommand == "fit":
-                logger.init_args.version = checkpoint.parent.parent.name  # goes on in that run's folder
-                # What was logged behind the checkpoint is logged again: TensorBoard shows it once.
-                logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "purge_step": trained_steps(checkpoint)}
-                print(f"Resuming from {checkpoint}")
-        elif config.get("ckpt_path"):
-            check_whole(Path(config.ckpt_path))
-        if self.subcommand == "fit" and config.ckpt_path and not config.allow_changes:
-            now = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
-            check_same_mathematics(Path(config.ckpt_path), now)
+        check_checkpoints(config.checkpoint)
+        check_writable(root, "--trainer.default_root_dir")
+        resumes = source is not None and is_run(source)  # a checkpoint by its path starts a run of its own
+        self.run = RunFolder(source) if source is not None and resumes else new_run(root)
+        self.given = self._parser("fit").dump(config, skip_none=False)
+        if source is not None and not config.allow_changes:
+            check_same_computation(Path(config.ckpt_path), yaml.safe_load(self.given))
+        steps = None
+        if resumes:
+            print(f"Resuming from {config.ckpt_path}")
+            steps = trained_steps(Path(config.ckpt_path))
+        config.checkpoint.dirpath = str(self.run.checkpoints)
+        place_loggers(config.trainer.logger, self.run, steps)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        return super().instantiate_trainer(plugins=[AtomicCheckpointIO()], **kwargs)
+        settings = self.config_init[self.subcommand].trainer
+        plugins = settings.plugins or []
+        callbacks: list[Callback] = [RunRecord(self.run, self.given)] if self.run else []
+        if self.subcommand == "fit":
+            callbacks += [self.config_init.fit[key] for key in GUARDS]
+        if settings.enable_progress_bar is not False:
+            callbacks.append(TQDMProgressBar())
+        callbacks += [EvaluationReport(), EvaluationResults()]
+        if self.subcommand == "fit":
+            callbacks += [PhaseReport(), GracefulStop()]
+            if settings.enable_checkpointing is not False:  # the best first: the others' files hold its state
+                callbacks += [self.config_init.fit[key] for key in SAVED]
+        self.trainer_defaults = {"callbacks": callbacks}
+        return super().instantiate_trainer(
+            plugins=[*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()], **kwargs
+        )
 
     def before_fit(self) -> None:
         if self.trainer.world_size == 1:
-            Watchdog.on_hang = staticmethod(lambda reason: start_again(reason, run_folder(self.trainer)))
+            Watchdog.on_hang = staticmethod(lambda reason: start_again(reason, self.run))
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Called as ``trainer.fit`` by LightningCLI."""
@@ -209,12 +194,13 @@ class ASPOCLI(LightningCLI):
         except EngineError as error:
             if self.trainer.world_size > 1:
                 raise
-            start_again(str(error), run_folder(self.trainer))
+            start_again(str(error), self.run)
 
     def after_fit(self) -> None:
         self.datamodule.close()
         if self.trainer.is_global_zero:
-            print(fit_summary(self.trainer))
+            if self.run is not None:
+                print(fit_summary(self.trainer, self.run))
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             if (received := next(c for c in callbacks if isinstance(c, GracefulStop)).received) is not None:
                 sys.exit(128 + received)  # as if it had not been caught: the run isn't at its end
@@ -231,24 +217,23 @@ class EvaluationCLI(ASPOCLI):
         parser.add_argument("--only", type=list[str], default=[], help="of the tasks in data.val: [aime24, amc23]")
 
     def before_instantiate_classes(self) -> None:
+        config = self.config.test
+        source = Path(config.ckpt_path or config.model.model_name_or_path).expanduser()
+        config.ckpt_path = config.ckpt_path or (str(source) if is_trained(source) else None)
         super().before_instantiate_classes()
         warnings.filterwarnings("ignore", message="The dirpath has changed")  # nothing is saved here
-        config = self.config.test
         if config.only:
             choose(config.data, config.only)
-        source = Path(config.ckpt_path or config.model.model_name_or_path).expanduser()
         name = source.name
-        if config.ckpt_path or is_trained(source):
-            checkpoint = find_checkpoint(source)
+        if config.ckpt_path:
+            checkpoint = Path(config.ckpt_path)
             for key, value in trained_from(checkpoint).items():
                 config.model[key] = value
             config.data.model_name_or_path = config.model.model_name_or_path
-            config.ckpt_path = str(checkpoint)
             run = checkpoint.parent.parent
             name = f"{run.parent.name}_{run.name}_{checkpoint.stem}"
         config.out = config.out or Path("results") / name
-        check_writable(config.out.parent)
-        config.trainer.logger = False  # the folder holds it all
+        check_writable(config.out.parent, "--out")
         config.verbose = False
 
     def before_test(self) -> None:
@@ -292,21 +277,22 @@ def choose(data: Namespace, names: list[str]) -> None:
 RESTARTED = "ASPO_RESTARTED"  # in the environment of a run that was started again, why
 
 
-def start_again(reason: str, run: str | None) -> NoReturn:
+def start_again(reason: str, run: RunFolder | None) -> NoReturn:
     """Replaces this process by one that resumes the run, whatever state it is in; once.
 
     That is as good as a new engine with the current weights: the last checkpoint is of the phase's beginning, and the
     same completions are drawn.
     """
     if before := os.environ.get(RESTARTED):
-        print(f"aspo: error: {reason}; and before: {before}. Go on by --ckpt_path last.", file=sys.stderr, flush=True)
+        resume = f" Resume with --ckpt_path {run.path}." if run and run.has_checkpoints() else ""
+        print(f"aspo: error: {reason}; and before: {before}.{resume}", file=sys.stderr, flush=True)
         os._exit(1)
-    arguments = arguments_without_checkpoint()
-    if run and any((Path(run) / "checkpoints").glob("*.ckpt")):
-        arguments += ["--ckpt_path", "last"]
+    arguments = sys.argv[1:]
+    if run and run.has_checkpoints():
+        arguments = [*arguments_without_checkpoint(), "--ckpt_path", str(run.path)]
     print(f"{reason}. Starting again.", file=sys.stderr, flush=True)
-    program = [sys.executable, "-c", "from aspo_lightning.cli import main; main()", *arguments]
-    os.execve(sys.executable, program, {**os.environ, RESTARTED: reason})
+    program = f"import sys; sys.argv[0] = {sys.argv[0]!r}; from aspo_lightning.cli import main; main()"
+    os.execve(sys.executable, [sys.executable, "-c", program, *arguments], {**os.environ, RESTARTED: reason})
 
 
 def arguments_without_checkpoint() -> list[str]:
@@ -318,59 +304,94 @@ def arguments_without_checkpoint() -> list[str]:
     return [a for a in arguments if not a.startswith("--ckpt_path=")]
 
 
-def fit_summary(trainer: Trainer) -> str:
+def fit_summary(trainer: Trainer, run: RunFolder) -> str:
     """What came of a fit, where it is, and what to type next."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     report = next(c for c in callbacks if isinstance(c, EvaluationReport))
-    best, checkpoint = (next(c for c in callbacks if type(c) is kind) for kind in (BestCheckpoint, ModelCheckpoint))
-    command = f"aspo {shlex.join(arguments_without_checkpoint())}"
-    return "\n".join(
-        [
-            "",
-            *(
-                f"{name}: {report.before[name]:.3f} before, {report.after[name]:.3f} after"
-                for name in report.before
-                if name in report.after
-            ),
-            f"peak memory    {peak_memory_gb():.1f} GB",
-            f"TensorBoard    {run_folder(trainer)}",
-            f"checkpoint     {checkpoint.best_model_path}",
-            *([f"best           {best.best_model_path} ({best.monitor})"] if best.best_model_path else []),
-            f"to look        tensorboard --logdir {run_folder(trainer)}",
-            f"to resume      {command} --ckpt_path last",
-            f"to go on       {command} --ckpt_path last --trainer.max_epochs {2 * (trainer.max_epochs or 1)}",
-        ]
-    )
+    lines = [
+        f"{name}: {report.before[name]:.3f} before, {report.after[name]:.3f} after"
+        for name in report.before
+        if name in report.after
+    ]
+    lines += [f"peak memory    {peak_memory_gb():.1f} GB", f"run            {run.path}"]
+    aspo = shlex.quote(sys.argv[0])  # as it was called: it need not be on the PATH
+    resume = f"{aspo} {shlex.join(arguments_without_checkpoint())} --ckpt_path {shlex.quote(str(run.path))}"
+    for saved in trainer.checkpoint_callbacks:
+        if isinstance(saved, ModelCheckpoint) and saved.best_model_path:
+            monitored = isinstance(saved, BestCheckpoint)
+            lines.append(f"{'best' if monitored else 'checkpoint':<15}{saved.best_model_path}")
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        tensorboard = shlex.quote(str(Path(sys.argv[0]).with_name("tensorboard")))
+        lines.append(f"to look        {tensorboard} --logdir {shlex.quote(str(run.path))}")
+    if run.has_checkpoints():
+        lines.append(f"to resume      {resume}")
+        if (epochs := trainer.max_epochs or 0) > 0:
+            lines.append(f"to train on    {resume} --trainer.max_epochs {2 * epochs}")
+    return "\n".join(["", *lines])
 
 
-def check_same_mathematics(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Raises ConfigError if a run would go on under settings that compute something else than it did so far."""
-    folder = checkpoint.resolve().parent.parent
-    configs = list(itertools.takewhile(Path.exists, (folder / f"config{resumed(n)}.yaml" for n in itertools.count())))
-    if not configs:
-        return
-    try:
-        before = dict(yaml.safe_load(configs[-1].read_text()))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{configs[-1]} is damaged: {error}. Without it a run goes on by --allow_changes true."
-        ) from error
-    if changes := changed_mathematics(before, config):
+RUN = "{run}"
+"""In a logger's settings: the run's folder."""
+
+
+def place_loggers(loggers: Any, run: RunFolder, steps: int | None) -> None:
+    """Puts the run's folder into the settings of its loggers; ``steps`` is that of the checkpoint it is resumed from.
+
+    Those of Lightning that make a folder of their own for each run write into this one. TensorBoard then shows what was
+    logged after the checkpoint once. A CSV file can't be taken up again: a resumed run writes one beside it.
+    """
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if not isinstance(logger, Namespace) or "init_args" not in logger:
+            continue
+        settings = logger.init_args
+        in_run = settings.get("save_dir") == RUN
+        for key, value in settings.items():
+            if isinstance(value, str):
+                settings[key] = value.replace(RUN, str(run.path))
+        kind = logger.class_path.rpartition(".")[2]
+        if in_run and kind in ("TensorBoardLogger", "CSVLogger"):
+            settings.name = settings.version = ""
+            if kind == "CSVLogger":
+                settings.version = "csv" + run.suffix(run.times_resumed())
+            elif steps is not None:
+                settings.purge_step = steps
+
+
+def check_same_computation(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Raises ConfigError if a run would be resumed under settings that compute something else than it did so far."""
+    before = RunFolder(checkpoint.resolve().parent.parent).config()
+    if before is not None and (changes := differences(computation(before), computation(config))):
         told = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
         raise ConfigError(
-            f"The run of {checkpoint} would go on as another one: {told}. Set that back, or go on all the same by "
-            "--allow_changes true."
+            f"The run of {checkpoint} would be resumed as another one: {told}. Set that back, or resume it all the "
+            "same with --allow_changes true."
         )
+
+
+def computation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``aspo fit`` that decide what a run computes."""
+    trainer = config.get("trainer") or {}
+    return {
+        "seed_everything": config.get("seed_everything"),
+        "model": counting(config.get("model") or {}, ASPOModule),
+        "data": counting(config.get("data") or {}, RolloutDataModule),
+        "trainer": {key: trainer.get(key) for key in TRAINER},
+    }
 
 
 def check_checkpoints(settings: Namespace) -> None:
     """Raises ConfigError for checkpoints in the middle of an epoch: its phase couldn't be sampled again."""
-    for name in ("every_n_train_steps", "train_time_interval"):
+    for name in ("every_n_train_steps", "train_time_interval", "save_on_exception"):
         if settings.get(name):
             raise ConfigError(
                 f"checkpoint.{name} is {settings[name]}, but checkpoints are written at the end of an epoch, when its "
                 "phase is used up. Set checkpoint.every_n_epochs instead."
             )
+    if settings.get("dirpath"):
+        raise ConfigError(
+            f"checkpoint.dirpath is {settings.dirpath}, but a run's checkpoints are in its folder. Set "
+            "trainer.default_root_dir to have that elsewhere."
+        )
 
 
 def check_strategy(strategy: Any) -> None:
@@ -379,19 +400,6 @@ def check_strategy(strategy: Any) -> None:
     kind = name.rpartition(".")[2].lower()
     if kind.startswith(("fsdp", "deepspeed", "modelparallel")) and not kind.startswith("fsdp2"):
         raise ConfigError(f"trainer.strategy is {name}: use fsdp2, which shards the model, or ddp, which doesn't.")
-
-
-def check_writable(folder: Path) -> None:
-    """Raises ConfigError unless files can be made in ``folder``; makes it if need be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"The output folder {folder} can't be written to ({error.strerror}). Choose another by "
-            "--trainer.logger.init_args.save_dir."
-        ) from error
 
 
 # Of libraries, and nothing that a user could act on.
@@ -431,15 +439,12 @@ def main() -> None:
         cli(
             ASPOModule,
             RolloutDataModule,
-            save_config_callback=SaveConfig,
+            save_config_callback=None,  # RunRecord does it
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"description": "Also: aspo plan (takes what fit takes), aspo export, aspo report."},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            trainer_defaults={
-                "callbacks": [TQDMProgressBar(), PhaseReport(), EvaluationReport(), EvaluationResults(), GracefulStop()]
-            },
         )
     except ValueError as error:
         if (cause := config_error(error)) is None:

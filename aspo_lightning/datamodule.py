@@ -3,10 +3,11 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Annotated, Any, Protocol, cast
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from aspo_lightning.curriculum import Curriculum, Shuffled
 from aspo_lightning.engines import Generator, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError, refuse_null
-from aspo_lightning.evaluation import Results, describe, measure, prompts_digest, weights_digest
+from aspo_lightning.evaluation import Results, measure
 from aspo_lightning.guards import Probe
+from aspo_lightning.identity import INCIDENTAL, describe, prompts_digest, weights_digest
 from aspo_lightning.models import load_config, load_tokenizer, resolve_model
 from aspo_lightning.rewards import RewardPool
 from aspo_lightning.rollouts import (
@@ -38,6 +40,19 @@ from aspo_lightning.types import Evaluation, MicroBatch, Prompt, RolloutGroup
 EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
 
 
+class Policy(Protocol):
+    """What a phase needs of the module that trains: see ``ASPOModule``."""
+
+    model_name_or_path: str
+    temperature: float
+
+    def score(
+        self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
+    ) -> list[tuple[Tensor, Tensor]]: ...
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 class RolloutDataModule(LightningDataModule):
     """Samples a phase of rollouts for every epoch, on policy, and plans its micro-batches.
 
@@ -46,8 +61,9 @@ class RolloutDataModule(LightningDataModule):
         train: where training prompts come from, by class name: Dataset, ReasoningGym, MultipleChoice, Mixture. None:
             nothing to train on, only to evaluate.
         val: held-out tasks by the name they have in TensorBoard. Their prompts are taken out of ``train``.
-        engine: what samples, by class name: VLLMEngine, TransformersEngine.
-        curriculum: which prompts an epoch draws, by class name: Shuffled, PassRate, RisingLevels.
+        engine: what samples, by class name: VLLMEngine (None is one with its defaults), VLLMServers,
+            TransformersEngine.
+        curriculum: which prompts an epoch draws, by class name: Shuffled (None), PassRate, RisingLevels.
         prompts_per_phase: prompts of an epoch.
         group_size: completions of each prompt, compared with each other.
         optimizer_steps: updates of a pass through the phase; the kept groups are shared among them.
@@ -61,7 +77,8 @@ class RolloutDataModule(LightningDataModule):
         max_prompt_length: tokens; longer prompts are dropped.
         max_completion_length: tokens; a longer completion is cut off there.
         temperature: of sampling; the trainer divides its logits by the same.
-        top_p: nucleus of sampling.
+        top_p: nucleus of sampling. Below 1 there is no mismatch correction: the engine's log-probs are then of the
+            nucleus, the trainer's of all tokens.
         token_budget: the most tokens of a micro-batch; bounds the trainer's memory. None: one longest sequence.
         advantage: group_std (GRPO), group_mean (Dr. GRPO), leave_one_out (RLOO), batch_std (REINFORCE++ baseline).
         averaging: token_mean (the paper's), sequence_mean (GRPO), sequence_sum (Dr. GRPO).
@@ -70,6 +87,7 @@ class RolloutDataModule(LightningDataModule):
         eval_group_size: completions of each held-out prompt: k of avg@k; a number, or one for each task of ``val``.
         eval_k: further k, up to that number, to give pass@k and maj@k for.
         eval_temperature: of sampling in evaluations; 0 is greedy.
+        eval_top_p: nucleus of sampling in evaluations.
         eval_max_completion_length: tokens in evaluations. None: max_completion_length.
         probe_factor: how much further engine and trainer may get apart, on a probe after each sync, than they are at
             first. None: no probe.
@@ -83,8 +101,8 @@ class RolloutDataModule(LightningDataModule):
         model_name_or_path: str,
         train: Task | None = None,
         val: dict[str, Task] | None = None,
-        engine: Generator = VLLMEngine(),
-        curriculum: Curriculum = Shuffled(),
+        engine: Generator | None = None,
+        curriculum: Curriculum | None = None,
         prompts_per_phase: int = 64,
         group_size: int = 16,
         optimizer_steps: int = 4,
@@ -98,40 +116,46 @@ class RolloutDataModule(LightningDataModule):
         max_completion_length: int = 8192,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        token_budget: int | None = None,
+        token_budget: Annotated[int | None, INCIDENTAL] = None,
         advantage: AdvantageEstimator = "group_std",
         averaging: Averaging = "token_mean",
         mismatch_correction: MismatchCorrection = "off",
         mismatch_bounds: tuple[float, float] = (0.5, 2.0),
-        eval_group_size: int | dict[str, int] = 1,
-        eval_k: list[int] | None = None,
-        eval_temperature: float = 0.8,
-        eval_max_completion_length: int | None = None,
-        probe_factor: float | None = 20.0,
-        reward_workers: int = 2,
+        eval_group_size: Annotated[int | dict[str, int], INCIDENTAL] = 1,
+        eval_k: Annotated[list[int] | None, INCIDENTAL] = None,
+        eval_temperature: Annotated[float, INCIDENTAL] = 0.8,
+        eval_top_p: Annotated[float, INCIDENTAL] = 1.0,
+        eval_max_completion_length: Annotated[int | None, INCIDENTAL] = None,
+        probe_factor: Annotated[float | None, INCIDENTAL] = 20.0,
+        reward_workers: Annotated[int, INCIDENTAL] = 2,
         reward_timeout_s: float = 5.0,
         seed: int = 0,
     ) -> None:
         refuse_null("data", RolloutDataModule, locals())
         super().__init__()
         self.model_name_or_path = resolve_model(model_name_or_path)
-        check_sampling("data.group_size", group_size, "data.temperature", temperature, top_p)
         self.eval_group_sizes = sizes_by_task(eval_group_size, val or {})
         self.eval_k = eval_k or []
         if probe_factor is not None and not 1 <= probe_factor < math.inf:
             raise ConfigError(f"data.probe_factor is {probe_factor}; it is at least 1, or null for no probe.")
-        for name, size in self.eval_group_sizes.items():
-            check_sampling(f"data.eval_group_size of {name}", size, "data.eval_temperature", eval_temperature, top_p)
-            if wrong := [k for k in self.eval_k if not 1 <= k <= size]:
+        eval_length = max_completion_length if eval_max_completion_length is None else eval_max_completion_length
+        self.sampling = Sampling(group_size, max_completion_length, temperature, top_p, seed)
+        self.eval_sampling = {
+            name: Sampling(size, eval_length, eval_temperature, eval_top_p, seed)
+            for name, size in self.eval_group_sizes.items()
+        }
+        check_sampling(self.sampling, "data.group_size", "data.")
+        for name, sampling in self.eval_sampling.items():
+            check_sampling(sampling, f"data.eval_group_size of {name}", "data.eval_")
+            if wrong := [k for k in self.eval_k if not 1 <= k <= sampling.group_size]:
                 raise ConfigError(
-                    f"data.eval_k has {wrong[0]}, but {name} is sampled {size} times a problem. Allowed are 1 to "
-                    f"{size}; raise data.eval_group_size for more."
+                    f"data.eval_k has {wrong[0]}, but {name} is sampled {sampling.group_size} times a problem. Allowed "
+                    f"are 1 to {sampling.group_size}; raise data.eval_group_size for more."
                 )
         if group_size < 2:
             raise ConfigError(
                 f"data.group_size is {group_size}; completions are judged against each other, so it must be at least 2."
             )
-        eval_length = max_completion_length if eval_max_completion_length is None else eval_max_completion_length
         for name, value in (
             ("eval_max_completion_length", eval_length),
             ("prompts_per_phase", prompts_per_phase),
@@ -151,6 +175,12 @@ class RolloutDataModule(LightningDataModule):
             )
         if not 0 <= mismatch_bounds[0] <= 1 <= mismatch_bounds[1]:
             raise ConfigError(f"data.mismatch_bounds are {mismatch_bounds}; they must enclose 1, like 0.5 and 2.")
+        if mismatch_correction != "off" and top_p < 1:
+            raise ConfigError(
+                f"data.mismatch_correction is {mismatch_correction} and data.top_p {top_p}: the engine's log-probs are "
+                "then of the nucleus and the trainer's of all tokens, so their ratio corrects nothing. Set top_p to 1, "
+                "or mismatch_correction to off."
+            )
         if not 0 <= overlong_buffer <= max_completion_length:
             raise ConfigError(
                 f"data.overlong_buffer is {overlong_buffer}; allowed are 0 (no penalty) to max_completion_length "
@@ -161,19 +191,14 @@ class RolloutDataModule(LightningDataModule):
                 f"data.max_refills is {max_refills} and data.overlong_penalty {overlong_penalty}; both are at least 0."
             )
         self.train_task, self.val_tasks = train, val or {}
-        self.curriculum = curriculum
-        self.engine = engine
+        self.curriculum = curriculum or Shuffled()
+        self.engine = engine or VLLMEngine()
         self.engine.check()
         self.prompts_per_phase = prompts_per_phase
         self.max_refills = max_refills if no_spread == "refill" else 0
         self.optimizer_steps = optimizer_steps
         self.max_prompt_length = max_prompt_length
         self.context_length = max_prompt_length + max(max_completion_length if train else 0, eval_length if val else 0)
-        self.sampling = Sampling(group_size, max_completion_length, temperature, top_p, seed)
-        self.eval_sampling = {
-            name: Sampling(size, eval_length, eval_temperature, top_p, seed)
-            for name, size in self.eval_group_sizes.items()
-        }
         self.phase_settings: dict[str, Any] = {
             "optimizer_steps": optimizer_steps,
             "token_budget": token_budget,
@@ -186,6 +211,7 @@ class RolloutDataModule(LightningDataModule):
             "mismatch_correction": mismatch_correction,
             "mismatch_bounds": mismatch_bounds,
         }
+        self.reward_timeout_s = reward_timeout_s
         self.pool = RewardPool(reward_workers, reward_timeout_s)
         self.phase: Phase | None = None
         self.train_prompts: list[Prompt] = []
@@ -194,9 +220,26 @@ class RolloutDataModule(LightningDataModule):
         self.probe_factor = probe_factor
         self.probe: Probe | None = None
         self._started = False
-        self._synced_step: int | None = None
+
+    @property
+    def _policy(self) -> Policy:
+        assert self.trainer is not None
+        return cast(Policy, self.trainer.lightning_module)
 
     def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        if self._policy.model_name_or_path != self.model_name_or_path:
+            raise ConfigError(
+                f"The module has the model {self._policy.model_name_or_path} and the data module "
+                f"{self.model_name_or_path}: give both the same model_name_or_path."
+            )
+        if stage == "fit":
+            check_trainer(self.trainer, self.phase)
+            if self._policy.temperature != self.sampling.temperature:
+                raise ConfigError(
+                    f"The module trains at temperature {self._policy.temperature} and the data module samples at "
+                    f"{self.sampling.temperature}: give both the same temperature."
+                )
         if self.train_prompts or self.val_prompts:
             return
         if self.train_task is None and stage == "fit":
@@ -211,7 +254,7 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.context_length} tokens, more than the {context} that {self.model_name_or_path} was made for. "
                 "Lower max_prompt_length, max_completion_length or eval_max_completion_length."
             )
-        check_shared_engines(self.engine, self.trainer.world_size if self.trainer else 1)
+        check_shared_engines(self.engine, self.trainer.world_size)
         # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
         self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
         tasks = [*([self.train_task] if self.train_task else []), *self.val_tasks.values()]
@@ -240,7 +283,8 @@ class RolloutDataModule(LightningDataModule):
             return Phase(epoch, [], accumulate=1, groups=[])  # a run resumed behind its end
         if self.phase is None or self.phase.epoch != epoch:
             self.phase = self._run_phase(epoch)
-        trainer.accumulate_grad_batches = self.phase.accumulate
+            trainer.accumulate_grad_batches = self.phase.accumulate
+            no_stop_before(trainer, trainer.global_step + len(self.phase) // self.phase.accumulate)
         return self.phase
 
     def val_dataloader(self) -> list["_EvaluationLoader"]:
@@ -254,23 +298,23 @@ class RolloutDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.pool.close()
-        self.phase, self._synced_step = None, None  # what comes next may be another model
+        self.phase = None  # what comes next may be another model
+        if self.trainer is not None:
+            self.trainer.accumulate_grad_batches = 1
 
     def close(self) -> None:
         """Frees the engine, which otherwise stays for another fit, validate or test."""
         self.pool.close()
         self.engine.stop()
-        self._started, self._synced_step = False, None
+        self._started = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curriculum": self.curriculum.state_dict(), "probe": self.probe.first if self.probe else None}
+        return {"curriculum": self.curriculum.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.train_task is None:
             return  # only evaluates
         self.curriculum.load_state_dict(state_dict["curriculum"])
-        if self.probe:
-            self.probe.first = state_dict["probe"]
 
     def evaluate(self, name: str) -> Evaluation:
         """Samples and scores the held-out task ``name`` with the current policy."""
@@ -283,7 +327,7 @@ class RolloutDataModule(LightningDataModule):
             vote=self.eval_sampling[name].group_size > 1,
             journal=self.results.journal(name) if self.results else None,
         )
-        self._rest_engine()
+        self.engine.sleep()
         measurements = measure(groups, self.eval_k)
         if self.results:
             self.results.add(name, groups, measurements)
@@ -295,13 +339,14 @@ class RolloutDataModule(LightningDataModule):
         sampling = next(iter(self.eval_sampling.values()))
         return {
             "model": self.model_name_or_path,
-            "weights": weights_digest(cast(Any, self.trainer.lightning_module).policy_weights()),
+            "weights": weights_digest(self._policy.policy_weights()),
             "seed": sampling.seed,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_prompt_length": self.max_prompt_length,
             "max_completion_length": sampling.max_tokens,
             "k": self.eval_k,
+            "reward_timeout_s": self.reward_timeout_s,
             "engine": describe(self.engine),
             "benchmarks": {
                 name: {
@@ -324,7 +369,7 @@ class RolloutDataModule(LightningDataModule):
             self.prompts_per_phase,
             max_refills=self.max_refills,
         )
-        self._rest_engine()
+        self.engine.sleep()
         learned = self.curriculum.update(groups)
         phase = build_phase(
             groups,
@@ -340,10 +385,9 @@ class RolloutDataModule(LightningDataModule):
 
     def _score(self, batches: Sequence[MicroBatch], probe: MicroBatch | None) -> list[tuple[Tensor, Tensor]]:
         """Scores the phase, and the probe with it: a sharded model is gathered once for both."""
-        score = cast(Any, self.trainer).lightning_module.score
         if self.probe is None or probe is None:
-            return score(batches)
-        *scored, (logprobs, _) = score(batches, without_reference=[probe])
+            return self._policy.score(batches)
+        *scored, (logprobs, _) = self._policy.score(batches, without_reference=[probe])
         self.probe.check(probe, logprobs)
         return scored
 
@@ -374,22 +418,18 @@ class RolloutDataModule(LightningDataModule):
         )
 
     def _sync_engine(self) -> float:
-        """Gives the engine the policy's weights, unless it has them. Returns the seconds that took."""
-        trainer = self.trainer
-        assert trainer is not None
+        """Gives the engine the policy's weights as they are now. Returns the seconds that took.
+
+        Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be told
+        from the outside.
+        """
         if not self._started:
             self.engine.start(self.model_name_or_path, context_length=self.context_length)
             self._started = True
         start = time.perf_counter()
-        if self._synced_step != trainer.global_step:
-            with engine_errors():
-                self.engine.sync_weights(cast(Any, trainer.lightning_module).policy_weights())
-            self._synced_step = trainer.global_step
+        with engine_errors():
+            self.engine.sync_weights(self._policy.policy_weights())
         return time.perf_counter() - start
-
-    def _rest_engine(self) -> None:
-        if self.engine.sleep():
-            self._synced_step = None
 
     def _prompts(self, task: Task) -> list[Prompt]:
         prompts = task.prompts(self.tokenizer)
@@ -434,16 +474,62 @@ def check_shared_engines(engine: Generator, ranks: int) -> None:
         )
 
 
-def check_sampling(size_name: str, size: int, temperature_name: str, temperature: float, top_p: float) -> None:
+def check_sampling(sampling: Sampling, size_name: str, prefix: str) -> None:
     """Raises ConfigError for settings no completion can be drawn with, or that draw siblings all alike."""
-    if size < 1:
-        raise ConfigError(f"{size_name} is {size}; it must be at least 1.")
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"{temperature_name} is {temperature}; it is >= 0 (0 is greedy).")
-    if temperature == 0 and size > 1:
+    if sampling.group_size < 1:
+        raise ConfigError(f"{size_name} is {sampling.group_size}; it must be at least 1.")
+    if not 0 <= sampling.temperature < math.inf:
+        raise ConfigError(f"{prefix}temperature is {sampling.temperature}; it is >= 0 (0 is greedy).")
+    if sampling.temperature == 0 and sampling.group_size > 1:
         raise ConfigError(
-            f"{temperature_name} is 0 (greedy) with {size_name} {size}: all completions of a group would be the same. "
-            f"Set {temperature_name} above 0 (the paper samples at 1.0)."
+            f"{prefix}temperature is 0 (greedy) with {size_name} {sampling.group_size}: all completions of a group "
+            f"would be the same. Set {prefix}temperature above 0 (the paper samples at 1.0)."
         )
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"data.top_p is {top_p}; allowed are numbers above 0, up to 1.")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"{prefix}top_p is {sampling.top_p}; allowed are numbers above 0, up to 1.")
+
+
+def check_trainer(trainer: Any, phase: Phase | None) -> None:
+    """Raises ConfigError for a Trainer that would train on something else than whole phases, one each epoch."""
+    if trainer.reload_dataloaders_every_n_epochs != 1:
+        raise ConfigError(
+            f"trainer.reload_dataloaders_every_n_epochs is {trainer.reload_dataloaders_every_n_epochs}: all epochs "
+            "would train on the rollouts of the first. Set it to 1."
+        )
+    if trainer.accumulate_grad_batches not in (1, phase.accumulate if phase else 1) or any(
+        isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks
+    ):
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but each phase plans its own "
+            "micro-batches. Leave it out; data.token_budget bounds a micro-batch, data.optimizer_steps says how many "
+            "updates a phase is for."
+        )
+    if trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch is None:
+        raise ConfigError(
+            f"trainer.val_check_interval is {trainer.val_check_interval} and trainer.check_val_every_n_epoch "
+            f"{trainer.check_val_every_n_epoch}, but evaluations come between phases, whose batches differ in number. "
+            "Leave the first out, and set the second to a number of epochs."
+        )
+    if trainer.fast_dev_run:
+        return  # a look at whether anything runs at all
+    for name, value, whole in (
+        ("limit_train_batches", trainer.limit_train_batches, 1.0),
+        ("overfit_batches", trainer.overfit_batches, 0),
+    ):
+        if value != whole:
+            raise ConfigError(
+                f"trainer.{name} is {value}: an optimizer step would have part of its micro-batches, under loss "
+                "weights meant for all of them. Leave it out; data.prompts_per_phase and data.optimizer_steps make a "
+                "phase smaller."
+            )
+
+
+def no_stop_before(trainer: Trainer, step: int) -> None:
+    """Has whatever stops a run (max_steps, max_time, EarlyStopping) wait for the end of the phase, at ``step``.
+
+    A phase stopped within could not be resumed: it is sampled by weights that are gone.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.min_steps = max(loop.min_steps or 0, step)
+    if trainer.global_step < loop.max_steps < step:
+        loop.max_steps = step

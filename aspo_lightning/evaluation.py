@@ -5,23 +5,21 @@ scores of each problem), ``completions.jsonl`` and ``table.md``; until all is do
 far, and the evaluation goes on from there.
 """
 
-import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from aspo_lightning.checkpoints import write_text
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.identity import differences
 from aspo_lightning.metrics import SOLVED, interval, maj_at_k, pass_at_k, repetition_rate
-from aspo_lightning.provenance import flat, versions
-from aspo_lightning.types import Prompt, RolloutGroup
+from aspo_lightning.provenance import versions
+from aspo_lightning.types import RolloutGroup
 
 RESULT, COMPLETIONS, TABLE = "result.json", "completions.jsonl", "table.md"
 SETTINGS, JOURNAL = "settings.json", "journal"
@@ -72,40 +70,6 @@ def scores(
         if voted:
             values[f"maj@{k}"] = [maj_at_k(a, s, k) for (_, a), s in zip(problems, solved, strict=True)]
     return values
-
-
-def describe(part: Any) -> Any:
-    """A part of a config (task, engine) with its settings, as plain data."""
-    if isinstance(part, Mapping):
-        return {str(key): describe(value) for key, value in part.items()}
-    if isinstance(part, (list, tuple)):
-        return [describe(value) for value in part]
-    if part is None or isinstance(part, (str, int, float, bool)):
-        return part
-    return {"class": type(part).__name__, **{k: describe(v) for k, v in vars(part).items() if not k.startswith("_")}}
-
-
-def prompts_digest(prompts: Iterable[Prompt]) -> str:
-    """Changes with any problem: its tokens, its row, how it is scored."""
-    digest = hashlib.blake2b(digest_size=8)
-    for p in prompts:
-        digest.update(repr((p.id, p.prompt_ids, sorted(p.rewards.items()), p.row, p.environment)).encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Changes with any bit of any weight; the same for a checkpoint and the folder exported from it."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in named_tensors:
-        bits = tensor.flatten().view(torch.int16)
-        # A sum alone wouldn't see two weights exchanged. In parts: whole tensors as integers would take much memory.
-        sums = [
-            (int(part.sum(dtype=torch.int64)), int((part.long() * torch.arange(len(part), device=part.device)).sum()))
-            for part in bits.split(1 << 20)
-        ]
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), sums)).encode())
-    return digest.hexdigest()
 
 
 class Results:
@@ -234,16 +198,14 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{folder} holds something that is no evaluation. Choose another place by --out.")
         return
     try:
-        there = flat(json.loads((folder / SETTINGS).read_text()))
+        there = json.loads((folder / SETTINGS).read_text())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{folder / SETTINGS} is damaged: {error}. Choose another folder by --out.") from error
-    here = flat(settings)
-    for key in sorted({*there, *here}):
-        if there.get(key) != here.get(key):
-            raise ConfigError(
-                f"{folder} holds results of another evaluation: {key} is {there.get(key)!r} there and "
-                f"{here.get(key)!r} here. Nothing was touched; choose another folder by --out."
-            )
+    for key, (before, now) in differences(there, settings).items():
+        raise ConfigError(
+            f"{folder} holds results of another evaluation: {key} is {before!r} there and {now!r} here. Nothing was "
+            "touched; choose another folder by --out."
+        )
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -1,22 +1,19 @@
 """``aspo export RUN_OR_CKPT OUT_DIR``: the policy of a checkpoint as a Hugging Face folder."""
 
 import argparse
-import pickle
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
 
-from aspo_lightning.checkpoints import METADATA, check_whole, newest_checkpoint
+from aspo_lightning.checkpoints import metadata
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.models import load_tokenizer
+from aspo_lightning.run_folder import find_checkpoint
 from aspo_lightning.scorer import ScoredCausalLM
 from aspo_lightning.weights import full_weights, without_frozen
-
-TRAINED_AS = ("model_name_or_path", "lora_rank", "lora_alpha")
 
 
 def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -43,58 +40,6 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
         folder.rename(target)
 
 
-def find_checkpoint(source: Path) -> Path:
-    """The checkpoint that a user means by a run's folder or a path.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if (source / "checkpoints").is_dir():
-        return newest_checkpoint(source)
-    if is_trained(source):
-        return source.resolve()
-    raise ConfigError(
-        f"{source} is neither a run's folder (like runs/quickstart/version_0) nor a checkpoint (like "
-        "runs/quickstart/version_0/checkpoints/epoch_00029.ckpt)."
-    )
-
-
-def is_trained(source: Path) -> bool:
-    """Whether a path is a run's folder or a checkpoint."""
-    return (source / "checkpoints").is_dir() or source.is_file() or (source / METADATA).is_file()
-
-
-def trained_from(checkpoint: Path) -> dict[str, Any]:
-    """The settings of ``ASPOModule`` that a checkpoint's weights fit: the model, its dtype, the adapters.
-
-    Raises:
-        ConfigError: if it was not written by ``aspo fit``.
-    """
-    settings = _read(checkpoint)["model"]
-    return {**{name: settings[name] for name in TRAINED_AS}, "dtype": str(settings["dtype"]).removeprefix("torch.")}
-
-
-def trained_steps(checkpoint: Path) -> int:
-    """Optimizer steps up to a checkpoint, which was found to be whole."""
-    return int(_read(checkpoint, whole=True)["global_step"])
-
-
-def _read(checkpoint: Path, whole: bool = False) -> dict[str, Any]:
-    """What isn't sharded. ``whole``: that has been checked."""
-    if not whole:
-        check_whole(checkpoint)
-    # Not weights_only: like a resumed run, this trusts what the run wrote.
-    path = checkpoint / METADATA if checkpoint.is_dir() else checkpoint
-    try:
-        rest: dict[str, Any] = torch.load(path, mmap=True, weights_only=False)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{checkpoint} can't be read: {str(error).splitlines()[0]}") from error
-    settings = rest.get("model") if isinstance(rest, dict) else None
-    if not isinstance(settings, dict) or not {*TRAINED_AS, "dtype"} <= set(settings):
-        raise ConfigError(f"{checkpoint} is no checkpoint of `aspo fit`: it doesn't tell which model it is of.")
-    return rest
-
-
 def load_policy(checkpoint: Path) -> tuple[ScoredCausalLM, str]:
     """The policy of a checkpoint on the CPU, and the model that it was trained from.
 
@@ -102,7 +47,7 @@ def load_policy(checkpoint: Path) -> tuple[ScoredCausalLM, str]:
         ConfigError: if it was not written by ``aspo fit``.
     """
     sharded = checkpoint.is_dir()
-    rest = _read(checkpoint)
+    rest = metadata(checkpoint)
     settings = dict(rest["model"])
     name = settings.pop("model_name_or_path")
     policy = ScoredCausalLM.from_pretrained(name, **{**settings, "attn_implementation": "sdpa"})

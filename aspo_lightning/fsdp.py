@@ -44,6 +44,7 @@ from aspo_lightning.checkpoints import (
     METADATA,
     check_whole,
     file_digest,
+    load,
     not_written,
     sync_to_disk,
     write_text,
@@ -78,8 +79,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         # What stays on the host (rollouts; with cpu_offload gradients too) is exchanged there.
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
-    def load(self, model_name_or_path: str, *, copies: int, **settings: Any) -> list[ScoredCausalLM]:
-        """Sharded copies of a model. Rank 0 reads it, the others get their shards tensor by tensor."""
+    def load(self, model_name_or_path: str, **settings: Any) -> ScoredCausalLM:
+        """A sharded model. Rank 0 reads it, the others get their shards tensor by tensor."""
         source = ScoredCausalLM.from_pretrained(model_name_or_path, **settings) if self.global_rank == 0 else None
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         if self.precision_plugin.precision == "bf16-mixed":
@@ -87,18 +88,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         if settings["dtype"] == torch.float64:
             precision = MixedPrecisionPolicy()
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
-        return [
-            load_sharded(
-                source,
-                model_name_or_path,
-                settings,
-                mesh=self.device_mesh["data_parallel"],
-                device=torch.device("cpu") if self.cpu_offload else self.root_device,
-                mp_policy=precision,
-                offload_policy=offload,
-            )
-            for _ in range(copies)
-        ]
+        return load_sharded(
+            source,
+            model_name_or_path,
+            settings,
+            mesh=self.device_mesh["data_parallel"],
+            device=torch.device("cpu") if self.cpu_offload else self.root_device,
+            mp_policy=precision,
+            offload_policy=offload,
+        )
 
     def model_to_device(self) -> None:
         assert self.lightning_module is not None
@@ -159,7 +157,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=False))
         for i, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
-        return torch.load(path / METADATA, weights_only=False)  # type: ignore[no-any-return]
+        return load(path / METADATA)
 
     def on_exception(self, exception: BaseException) -> None:
         """Says which other rank ended first: what is raised here then is only that a connection was lost."""

@@ -9,7 +9,6 @@ import signal
 import statistics
 import threading
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,13 +19,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from aspo_lightning.callbacks import run_folder
 from aspo_lightning.engines import Generator, SamplingRequest
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run_folder import run_folder
 from aspo_lightning.types import MicroBatch
 
-GO_ON = "The last checkpoint is of the epoch before; go on from there by --ckpt_path last"
+GO_ON = "The last checkpoint is of the epoch before; resume from there with --ckpt_path last"
 
 
 class NonFiniteGuard(Callback):
@@ -67,7 +66,7 @@ class NonFiniteGuard(Callback):
             return
         kept = ""
         if folder := run_folder(trainer):
-            path = Path(folder) / f"not_finite_step_{trainer.global_step}_rank_{trainer.global_rank}.pt"
+            path = folder.not_finite(trainer.global_step, trainer.global_rank)
             batches = trainer.datamodule.phase.micro_batches[batch_idx + 1 - k : batch_idx + 1]  # type: ignore[attr-defined]
             torch.save([asdict(b) for b in batches], path)
             kept = f" Its micro-batches are in {path}."

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
+from aspo_lightning.checkpoints import check_between_phases
 from aspo_lightning.errors import ConfigError, refuse_null
 from aspo_lightning.fsdp import FSDP2Strategy
+from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.models import resolve_model
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.scorer import ScoredCausalLM, score_batches
@@ -41,9 +43,9 @@ class ASPOModule(LightningModule):
     Args:
         model_name_or_path: policy and reference: a Hugging Face hub name or a local folder.
         objective: turns ratios and advantages into token weights, by class name: ASPO, GRPO, DAPO, ...
-        temperature: divides the logits everywhere; must be the one the rollouts are sampled with.
+        temperature: divides the logits everywhere; the one that the rollouts are sampled with.
         kl_coef: weight of the KL term to the reference. 0 loads no reference.
-        kl_estimator: k1, k2 or k3.
+        kl_estimator: k1, k2 or k3; see ``objectives.kl_to_reference`` for what each one's gradient is.
         entropy_coef: weight of an entropy bonus.
         optimizer: AdamW with the paper's learning rate and the released script's weight decay.
         lr_scheduler: stepped with every optimizer step. None keeps the learning rate.
@@ -67,14 +69,19 @@ class ASPOModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.1),
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        attn_implementation: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        chunk_size: int | None = None,
+        attn_implementation: Annotated[str, INCIDENTAL] = "sdpa",
+        gradient_checkpointing: Annotated[bool, INCIDENTAL] = False,
+        chunk_size: Annotated[int | None, INCIDENTAL] = None,
         lora_rank: int = 0,
         lora_alpha: float = 32.0,
     ) -> None:
         refuse_null("model", ASPOModule, locals())
         super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ConfigError(
+                f"model.temperature = data.temperature is {temperature}; training divides logits by it, so it must be "
+                "above 0 (the paper uses 1.0)."
+            )
         if not 0 <= kl_coef < math.inf:
             raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
         if not math.isfinite(entropy_coef):
@@ -87,8 +94,7 @@ class ASPOModule(LightningModule):
             raise ConfigError(f"model.lora_rank is {lora_rank}; it is >= 0 (0 trains the weights themselves).")
         self.model_name_or_path = resolve_model(model_name_or_path)
         self.objective = objective
-        # Logits of a greedy policy have no temperature to be divided by; sampling is checked by the data module.
-        self.temperature = temperature or 1.0
+        self.temperature = temperature
         self.kl_coef = kl_coef
         self.kl_estimator: KLEstimator = kl_estimator
         self.entropy_coef = entropy_coef
@@ -118,21 +124,20 @@ class ASPOModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        if self.policy is not None:
-            return
-        evaluates = self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING
+        """Loads the policy, and the reference as soon as there is a fit: from the original weights, both of them."""
+        fits = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if self.policy is None:
+            self.policy = self._load()
         # With adapters the reference is the policy without them.
-        copies = 2 if self.kl_coef > 0 and not self.load_settings["lora_rank"] and not evaluates else 1
+        if fits and self.kl_coef > 0 and not self.load_settings["lora_rank"] and self.reference is None:
+            reference = self._load().eval().requires_grad_(False)
+            # Not a registered submodule: so it is in no checkpoint and no optimizer, and train() leaves it alone.
+            object.__setattr__(self, "reference", reference)
+
+    def _load(self) -> ScoredCausalLM:
         strategy = self.trainer.strategy if self._trainer else None
-        if isinstance(strategy, FSDP2Strategy):
-            models = strategy.load(self.model_name_or_path, copies=copies, **self.load_settings)
-        else:
-            models = [
-                ScoredCausalLM.from_pretrained(self.model_name_or_path, **self.load_settings) for _ in range(copies)
-            ]
-        self.policy, reference = models[0], models[1].eval().requires_grad_(False) if copies == 2 else None
-        # Not a registered submodule: so it is in no checkpoint and no optimizer, and train() leaves it alone.
-        object.__setattr__(self, "reference", reference)
+        load = strategy.load if isinstance(strategy, FSDP2Strategy) else ScoredCausalLM.from_pretrained
+        return load(self.model_name_or_path, **self.load_settings)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
@@ -158,12 +163,13 @@ class ASPOModule(LightningModule):
         old = self._logprobs(self.policy, [*batches, *without_reference], "score")
         if self.kl_coef == 0 or not batches:
             ref = []
-        elif self.reference is not None:
-            ref = self._logprobs(self.reference, batches, "score reference")
-        else:
+        elif self.load_settings["lora_rank"]:
             set_adapters(self.policy, False)
             ref = self._logprobs(self.policy, batches, "score reference")
             set_adapters(self.policy, True)
+        else:
+            assert self.reference is not None
+            ref = self._logprobs(self.reference, batches, "score reference")
         ref += [torch.zeros_like(logprobs) for logprobs in old[len(ref) :]]
         return list(zip(old, ref, strict=True))
 
@@ -245,6 +251,10 @@ class ASPOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **self.load_settings}  # for aspo export
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_between_phases(checkpoint)
 
     def validation_step(self, batch: Evaluation, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log_dict(

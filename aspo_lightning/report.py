@@ -10,8 +10,8 @@ from typing import Any
 from aspo_lightning import paper
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation import RESULT, scores, show
+from aspo_lightning.identity import flat
 from aspo_lightning.metrics import interval
-from aspo_lightning.provenance import flat
 
 PANELS = [
     ("rollout/accuracy", "accuracy of the rollouts"),

@@ -80,10 +80,7 @@ def config(model: str, folder: Path, ranks: int, epochs: int) -> dict:
             "strategy": "fsdp2",
             "max_epochs": epochs,
             "limit_val_batches": 0,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(folder), "name": f"ranks_{ranks}"},
-            },
+            "default_root_dir": str(folder / f"ranks_{ranks}"),
             "callbacks": [{"class_path": "scripts.bench_scaling.Measure", "init_args": {"folder": str(folder)}}],
         },
         "checkpoint": {"every_n_epochs": epochs},

@@ -21,16 +21,16 @@ THRESHOLD, TAG = 0.5, "eval/chain_sum/avg@4"
 
 def epochs_to_threshold(curriculum: str, seed: int, problems: int, max_epochs: int) -> int | None:
     """The number of epochs after which the held-out avg@4 is at least the threshold. None: not reached."""
-    name = f"curriculum_{curriculum}_{problems}"
+    root = ROOT / "runs" / f"curriculum_{curriculum}_{problems}" / f"seed_{seed}"
     stop = {"monitor": TAG, "mode": "max", "stopping_threshold": THRESHOLD, "patience": max_epochs}
     command = [str(Path(sys.executable).with_name("aspo")), "fit", "--config", "configs/quickstart.yaml"]
     command += ["--seed_everything", str(seed), "--trainer.max_epochs", str(max_epochs)]
-    command += ["--trainer.logger.init_args.name", name, "--trainer.logger.init_args.version", f"seed_{seed}"]
+    command += ["--trainer.default_root_dir", str(root)]
     command += ["--trainer.check_val_every_n_epoch", "1", "--checkpoint.every_n_epochs", str(max_epochs)]
     command += ["--trainer.callbacks", json.dumps([{"class_path": "EarlyStopping", "init_args": stop}])]
     command += ["--data.curriculum", curriculum, "--data.train.init_args.size", str(problems)]
     subprocess.run(command, cwd=ROOT, check=True)
-    values = [value for _, value in read_run(ROOT / "runs" / name / f"seed_{seed}")[TAG]]
+    values = [value for _, value in read_run(max(root.iterdir(), key=lambda run: run.stat().st_mtime))[TAG]]
     reached = [epoch for epoch, value in enumerate(values) if value >= THRESHOLD]  # the first is from before training
     return reached[0] if reached else None
 

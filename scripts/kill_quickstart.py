@@ -27,7 +27,7 @@ EPOCHS, KILLED_IN = 5, 3
 def start(folder: Path, name: str, *more: str) -> subprocess.Popen:
     command = [str(Path(sys.executable).parent / "aspo"), "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
     command += ["--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", str(EPOCHS)]
-    command += ["--trainer.logger.init_args.save_dir", str(folder), "--trainer.logger.init_args.name", name]
+    command += ["--trainer.default_root_dir", str(folder / name)]
     command += [
         "--trainer.callbacks+=tests.faults.Completions",
         "--trainer.callbacks.folder",

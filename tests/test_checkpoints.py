@@ -8,20 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from aspo_lightning.checkpoints import (
-    AtomicCheckpointIO,
-    check_whole,
-    digest_path,
-    last_checkpoint,
-    newest_checkpoint,
-)
+from aspo_lightning.checkpoints import AtomicCheckpointIO, check_whole, digest_path
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run_folder import RunFolder, last_run
 
 IO = AtomicCheckpointIO()
 
 
 def save(path: Path, epoch: int, size: int = 1000) -> Path:
-    IO.save_checkpoint({"epoch": epoch, "weights": torch.arange(size)}, path)
+    model = {"model_name_or_path": "a model", "lora_rank": 0, "lora_alpha": 1.0, "dtype": torch.float32}
+    content = {"epoch": epoch, "global_step": epoch, "model": model, "weights": torch.arange(size)}
+    IO.save_checkpoint(content, path)
     os.utime(path, (epoch, epoch))
     return path
 
@@ -69,7 +66,7 @@ def test_a_checkpoint_cut_off_anywhere_is_damaged(tmp_path, seed):
     path = save(tmp_path / "a.ckpt", 1)
     os.truncate(path, random.Random(seed).randrange(path.stat().st_size))
     for _ in range(2):
-        with pytest.raises(ConfigError, match="a.ckpt is damaged: .* --ckpt_path last takes the newest whole one"):
+        with pytest.raises(ConfigError, match="a.ckpt is damaged: .* that is the newest whole one"):
             IO.load_checkpoint(path)
         digest_path(path).unlink(missing_ok=True)  # a copy without it, or one killed before it was written
 
@@ -91,22 +88,23 @@ def test_last_falls_back_to_the_newest_whole_one_and_says_so(tmp_path, capsys):
     paths = [save(folder / f"epoch_{i}.ckpt", i) for i in range(4)]
     os.truncate(paths[3], 100)
     os.utime(paths[3], (3, 3))
-    assert newest_checkpoint(tmp_path / "version_0") == paths[2]
+    assert RunFolder(tmp_path / "version_0").newest_checkpoint() == paths[2]
     assert f"{paths[3]} is damaged: it has changed since it was written. Taking the one before it." in (
         capsys.readouterr().out
     )
     for path in paths:
         os.truncate(path, 50)
     with pytest.raises(ConfigError, match="All checkpoints of .* are damaged"):
-        last_checkpoint(tmp_path)
+        last_run(tmp_path).newest_checkpoint()
 
 
 def test_a_clock_that_jumps_back_does_not_matter(tmp_path):
     folder = tmp_path / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
     save(folder / "epoch_00009.ckpt", 500)
-    later = save(folder / "epoch_00010.ckpt", 100)
-    assert newest_checkpoint(tmp_path / "version_0") == later
+    later = save(folder / "epoch_00010.ckpt", 1000)
+    os.utime(later, (100, 100))
+    assert RunFolder(tmp_path / "version_0").newest_checkpoint() == later
 
 
 def test_last_is_the_newest_checkpoint_of_the_newest_run_that_has_one(tmp_path):
@@ -116,9 +114,9 @@ def test_last_is_the_newest_checkpoint_of_the_newest_run_that_has_one(tmp_path):
         save(path, at)
     (tmp_path / "version_10" / "checkpoints" / "last.ckpt").symlink_to("epoch_3.ckpt")
     (tmp_path / "version_11").mkdir()
-    assert last_checkpoint(tmp_path) == tmp_path / "version_10" / "checkpoints" / "epoch_4.ckpt"
+    assert last_run(tmp_path).newest_checkpoint() == tmp_path / "version_10" / "checkpoints" / "epoch_4.ckpt"
 
 
 def test_without_a_checkpoint_last_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no run below"):
-        last_checkpoint(tmp_path)
+        last_run(tmp_path).newest_checkpoint()

@@ -47,10 +47,7 @@ def tiny_config(model: str, folder: Path, **data) -> dict:
             "accelerator": "cpu",
             "max_epochs": 2,
             "check_val_every_n_epoch": 2,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(folder), "name": "tiny"},
-            },
+            "default_root_dir": str(folder / "tiny"),
         },
         "model": {
             "model_name_or_path": model,
@@ -134,7 +131,7 @@ def test_a_fit_leaves_logs_checkpoints_and_its_config(finished):
     ]
     lines = result.stdout + result.stderr
     assert lines.count("| reward") == 2
-    for text in ("eval/sums/avg@2: ", "peak memory", "tensorboard --logdir", "--ckpt_path last"):
+    for text in ("eval/sums/avg@2: ", "peak memory", "tensorboard --logdir", f"--ckpt_path {run}\n"):
         assert text in lines
 
 
@@ -273,8 +270,8 @@ BAD_INPUT = {
     "context": (["--data.max_prompt_length", "120", "--data.token_budget", "999"], "more than the 128"),
     "empty task": ([*CHAIN_SUM, "--data.train.init_args.size", "0"], "empty task"),
     "too few prompts": ([*CHAIN_SUM, "--data.train.init_args.size", "3"], "fewer than data.prompts_per_phase 4"),
-    "unwritable": (["--trainer.logger.init_args.save_dir", "/proc/none"], "/proc/none can't be written to"),
-    "nothing to resume": (["--trainer.logger.init_args.name", "other", "--ckpt_path", "last"], "no run below"),
+    "unwritable": (["--trainer.default_root_dir", "/proc/none"], "/proc/none can't be written to"),
+    "nothing to resume": (["--trainer.default_root_dir", "/tmp/none", "--ckpt_path", "last"], "no run below"),
     "checkpoints in an epoch": (["--checkpoint.every_n_train_steps", "1"], "Set checkpoint.every_n_epochs"),
     "half precision": (["--trainer.precision", "bf16-true"], "allowed are 32-true, bf16-mixed"),
     "FSDP 1": (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp: use fsdp2"),

@@ -21,9 +21,9 @@ from aspo_lightning.evaluation import (
     check_folder,
     measure,
     read_known,
-    weights_digest,
 )
 from aspo_lightning.export import load_policy
+from aspo_lightning.identity import weights_digest
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 from aspo_lightning.weights import full_weights
 from tests.test_cli import ROOT, aspo, aspo_here, scalars, tiny_config, write

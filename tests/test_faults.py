@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from aspo_lightning.cli import lock
+from aspo_lightning.run_folder import RunFolder
 from tests.test_cli import ROOT, scalars, tiny_config
 from tests.test_fsdp import free_port
 
@@ -57,7 +57,7 @@ class Ranks:
             callbacks.append({"class_path": "tests.faults.Fault", "init_args": fault})
         config = json.loads(json.dumps(self.config))
         config["trainer"]["callbacks"] = callbacks
-        config["trainer"]["logger"]["init_args"]["name"] = f"run_{name}"
+        config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         port = str(free_port())
@@ -286,17 +286,17 @@ def test_other_mathematics_is_told_and_takes_a_flag(rank):
 
 
 def test_two_runs_in_one_folder_are_refused(rank):
-    rank.run("both").mkdir(parents=True)
-    with lock(rank.run("both")):
-        assert rank.fit("both", "--trainer.logger.init_args.version", "version_0") == 1
+    assert rank.fit("both", "--trainer.max_epochs", "1") == 0
+    with RunFolder(rank.run("both")).lock():
+        assert rank.fit("both", "--ckpt_path", str(rank.run("both"))) == 1
     assert "Another run is writing to" in rank.text("both")
-    assert not list(rank.run("both").glob("config*"))
+    assert [p.name for p in rank.run("both").glob("config*")] == ["config.yaml"]
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(rank, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)], check=True)
     try:
-        assert rank.fit("readonly", "--trainer.logger.init_args.save_dir", str(tmp_path)) == 1
+        assert rank.fit("readonly", "--trainer.default_root_dir", str(tmp_path)) == 1
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
     assert "can't be written to (Read-only file system). Choose another by" in rank.text("readonly")

@@ -44,7 +44,7 @@ class Runs:
         config["trainer"]["callbacks"] = [
             {"class_path": "tests.recorder.Recorder", "init_args": {"folder": str(self.folder / name), **recorder}}
         ]
-        config["trainer"]["logger"]["init_args"]["name"] = f"run_{name}"
+        config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         return ["fit", "--config", str(path), *args]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from aspo_lightning import ASPOModule
 from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.guards import CollapseGuard, NonFiniteGuard, Probe, RatioCanary
+from aspo_lightning.run_folder import RunFolder, RunRecord
 from aspo_lightning.scorer import ScoredCausalLM
 from aspo_lightning.types import MicroBatch
 from tests.one_step import make_groups
@@ -75,10 +75,10 @@ def test_a_loss_that_is_not_finite_counts_too(tiny_model):
 
 def test_after_some_such_steps_the_run_ends_with_the_batch_saved(tiny_model, tmp_path):
     module, data = ASPOModule(tiny_model, optimizer=adam(1e-2)), Phases(make_groups())
-    logger = TensorBoardLogger(tmp_path, name="x")
+    record = RunRecord(RunFolder(tmp_path), "")
     with pytest.raises(ConfigError, match=r"Its micro-batches are in (.*\.pt)\. The last checkpoint"):
-        fit(module, data, callbacks=[Poison(0, 1), NonFiniteGuard(2)], logger=logger)
-    (path,) = (tmp_path / "x" / "version_0").glob("*.pt")
+        fit(module, data, callbacks=[Poison(0, 1), NonFiniteGuard(2), record])
+    (path,) = tmp_path.glob("*.pt")
     saved = torch.load(path)
     assert len(saved) == data.phase.accumulate
     assert torch.equal(saved[0]["targets"], data.phase.micro_batches[-data.phase.accumulate].targets)

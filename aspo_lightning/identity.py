@@ -1,0 +1,99 @@
+"""What a run, and an evaluation, computes: the settings that its numbers depend on, and digests of what they name.
+
+A setting that changes no number says so where it stands, by its type: ``token_budget: Annotated[int, INCIDENTAL]``.
+All others count. Two configs are the same run if they agree in what counts; so are two evaluations.
+"""
+
+import hashlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aspo_lightning.types import Prompt
+
+INCIDENTAL = "incidental"
+"""Marks a setting of speed, memory, or of what is measured beside the computation."""
+
+TRAINER = (
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+)
+"""What counts of Lightning's own class, whose settings can't be marked."""
+
+
+def incidental(owner: type) -> set[str]:
+    """Names of the settings of a class that are marked so."""
+    hints = getattr(owner.__init__, "__annotations__", {})  # type: ignore[misc]
+    return {name for name, hint in hints.items() if INCIDENTAL in getattr(hint, "__metadata__", ())}
+
+
+def describe(part: Any) -> Any:
+    """A part (task, engine) with the settings that count, as plain data."""
+    if isinstance(part, Mapping):
+        return {str(key): describe(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [describe(value) for value in part]
+    if part is None or isinstance(part, (str, int, float, bool)):
+        return part
+    left_out = incidental(type(part))
+    settings = {k: v for k, v in vars(part).items() if not k.startswith("_") and k not in left_out}
+    return {"class": type(part).__name__, **{k: describe(v) for k, v in settings.items()}}
+
+
+def counting(config: Any, owner: type | None = None) -> Any:
+    """A config, as read from YAML, with the settings that count. ``owner`` is the class that it is of."""
+    if isinstance(config, list):
+        return [counting(value) for value in config]
+    if not isinstance(config, Mapping):
+        return config
+    if "class_path" in config:
+        try:
+            owner = pkgutil.resolve_name(config["class_path"])
+        except (ImportError, ValueError, AttributeError):
+            owner = None  # of code that isn't there any more: all of it counts
+        return {**config, "init_args": counting(config.get("init_args") or {}, owner)}
+    left_out = incidental(owner) if isinstance(owner, type) else set()
+    return {key: counting(value) for key, value in config.items() if key not in left_out}
+
+
+def flat(settings: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys."""
+    if not isinstance(settings, Mapping):
+        return {key: settings}
+    return {k: v for name, part in settings.items() for k, v in flat(part, f"{key}.{name}" if key else name).items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(before, now) of all that differs between two nested settings, by dotted keys."""
+    one, other = flat(before), flat(now)
+    return {key: (one.get(key), other.get(key)) for key in sorted({*one, *other}) if one.get(key) != other.get(key)}
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
+    """Changes with any problem: its tokens, its row, how it is scored."""
+    digest = hashlib.blake2b(digest_size=8)
+    for p in prompts:
+        digest.update(repr((p.id, p.prompt_ids, sorted(p.rewards.items()), p.row, p.environment)).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Changes with any bit of any weight; the same for a checkpoint and the folder exported from it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in named_tensors:
+        bits = tensor.flatten().view(torch.int16)
+        # A sum alone wouldn't see two weights exchanged. In parts: whole tensors as integers would take much memory.
+        sums = [
+            (int(part.sum(dtype=torch.int64)), int((part.long() * torch.arange(len(part), device=part.device)).sum()))
+            for part in bits.split(1 << 20)
+        ]
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), sums)).encode())
+    return digest.hexdigest()

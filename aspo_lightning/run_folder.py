@@ -1,0 +1,219 @@
+"""Where a run lives, whatever logs it: ``trainer.default_root_dir/version_N``, and what is where in that folder."""
+
+import fcntl
+import itertools
+import json
+import math
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from aspo_lightning.checkpoints import METADATA, check_whole, trained_steps, write_text
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.provenance import git_revision, versions
+
+
+class RunFolder:
+    """The folder of a run: ``checkpoints/``, ``best/``, ``eval/``, ``config.yaml`` and ``origin.json``.
+
+    The last two are written anew each time the run is resumed, as ``config_resumed_1.yaml`` and so on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+
+    def evaluation(self, step: int, again: int = 0) -> Path:
+        """Of an evaluation in training; ``again`` counts those of the same step that were other ones."""
+        return self.path / "eval" / (f"step_{step:06d}" + (f".{again}" if again else ""))
+
+    def not_finite(self, step: int, rank: int) -> Path:
+        """Of the micro-batches whose loss or gradient wasn't finite."""
+        return self.path / f"not_finite_step_{step}_rank_{rank}.pt"
+
+    def times_resumed(self) -> int:
+        """How often the run has been started so far."""
+        return next(n for n in itertools.count() if not self._config(n).exists())
+
+    def _config(self, number: int) -> Path:
+        return self.path / f"config{self.suffix(number)}.yaml"
+
+    @staticmethod
+    def suffix(number: int) -> str:
+        """Of the names of what a run writes anew when it is resumed for the n-th time."""
+        return f"_resumed_{number}" if number else ""
+
+    def config(self) -> dict[str, Any] | None:
+        """The settings that the run had last; None if it has none.
+
+        Raises:
+            ConfigError: if they are damaged.
+        """
+        if not (number := self.times_resumed()):
+            return None
+        path = self._config(number - 1)
+        try:
+            return dict(yaml.safe_load(path.read_text()))
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is damaged: {' '.join(str(error).split())}. Without it a run is resumed with "
+                "--allow_changes true."
+            ) from error
+
+    def record(self, config: str, ranks: int) -> None:
+        """Writes the settings, and where the numbers come from."""
+        number = self.times_resumed()
+        write_text(self._config(number), config)
+        origin = {
+            "command": sys.argv,
+            "versions": versions(),
+            "aspo_lightning": git_revision(Path(__file__).parent),
+            "working_directory": git_revision(Path.cwd()),
+            "ranks": ranks,
+        }
+        write_text(self.path / f"origin{self.suffix(number)}.json", json.dumps(origin, indent=1) + "\n")
+
+    def lock(self) -> TextIO:
+        """Keeps other runs out of the folder, for as long as the file is open.
+
+        Raises:
+            ConfigError: if one is in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"Another run is writing to {self.path}. Wait for its end, or start this one again."
+            ) from error
+        return file
+
+    def has_checkpoints(self) -> bool:
+        return any(self.checkpoints.glob("*.ckpt"))
+
+    def newest_checkpoint(self) -> Path:
+        """The checkpoint after the most optimizer steps that isn't damaged. Damaged ones are named.
+
+        Raises:
+            ConfigError: if it has none.
+        """
+        paths = [path for path in self.checkpoints.glob("*.ckpt") if not path.is_symlink()]
+        if not paths:
+            raise ConfigError(f"The run {self.path} has no checkpoint yet.")
+        for path in sorted(paths, key=_steps, reverse=True):
+            try:
+                check_whole(path)
+                trained_steps(path)
+            except ConfigError as error:
+                print(f"{str(error).partition('. Resume')[0].removesuffix('.')}. Taking the one before it.")
+            else:
+                return path
+        raise ConfigError(f"All checkpoints of {self.path} are damaged: {', '.join(path.name for path in paths)}.")
+
+
+def _steps(checkpoint: Path) -> float:
+    """As the checkpoint says itself: clocks jump, and names are anybody's. What can't be read is looked at first."""
+    try:
+        return trained_steps(checkpoint)
+    except ConfigError:
+        return math.inf
+
+
+def new_run(root: Path) -> RunFolder:
+    """The next free folder below ``root``, not made yet."""
+    return RunFolder(root / f"version_{1 + max((_number(run) for run in root.glob('version_*')), default=-1)}")
+
+
+def last_run(root: Path) -> RunFolder:
+    """The newest run below ``root`` that has a checkpoint.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    for path in sorted(root.glob("version_*"), key=_number, reverse=True):
+        if (run := RunFolder(path)).has_checkpoints():
+            return run
+    raise ConfigError(
+        f"--ckpt_path last: no run below {root} has a checkpoint yet. Start one without --ckpt_path, or give the "
+        "folder of a run, or a checkpoint."
+    )
+
+
+def _number(run: Path) -> int:
+    return int(re.sub(r"\D", "", run.name) or -1)
+
+
+def is_run(source: Path) -> bool:
+    return (source / "checkpoints").is_dir()
+
+
+def is_trained(source: Path) -> bool:
+    """Whether a path is a run's folder or a checkpoint."""
+    return is_run(source) or source.is_file() or (source / METADATA).is_file()
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint that a user means by a run's folder or a path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if is_run(source):
+        return RunFolder(source).newest_checkpoint()
+    if is_trained(source):
+        check_whole(source)
+        return source.resolve()
+    raise ConfigError(
+        f"{source} is neither a run's folder (like runs/quickstart/version_0) nor a checkpoint (like "
+        "runs/quickstart/version_0/checkpoints/epoch_00029.ckpt)."
+    )
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises ConfigError unless files can be made in ``folder``; makes it if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"The output folder {folder} can't be written to ({error.strerror}). Choose another with {setting}."
+        ) from error
+
+
+class RunRecord(Callback):
+    """Locks the run's folder while it is trained, and records its settings there.
+
+    Args:
+        folder: of the run.
+        config: its settings, as YAML.
+    """
+
+    def __init__(self, folder: RunFolder, config: str) -> None:
+        self.folder, self.config = folder, config
+        self._lock: TextIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.folder = RunFolder(trainer.strategy.broadcast(self.folder.path))
+        if trainer.is_global_zero:
+            self._lock = self.folder.lock()
+            self.folder.record(self.config, trainer.world_size)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def run_folder(trainer: Trainer) -> RunFolder | None:
+    """Of the run that a Trainer carries, where one is kept."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback.folder for callback in callbacks if isinstance(callback, RunRecord)), None)

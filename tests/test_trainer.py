@@ -1,0 +1,259 @@
+"""The modules from plain Python, under Trainers of all kinds: what is refused, what is waited for."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+from torch.optim.swa_utils import get_ema_avg_fn
+
+from aspo_lightning import ASPOModule, RolloutDataModule
+from aspo_lightning.callbacks import PhaseReport
+from aspo_lightning.engines import TransformersEngine
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.tasks import Dataset
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    def task(first: int, size: int) -> Dataset:
+        path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        rows = [json.dumps({"question": f"{i}+1", "answer": i + 1}) for i in range(first, first + size)]
+        path.write_text("\n".join(rows))
+        return Dataset(str(path), reward="tests.parity_reward.reward")
+
+    return task
+
+
+@pytest.fixture
+def parts(tiny_model, sums):
+    """Makes a module and a data module: two optimizer steps a phase, of three micro-batches each."""
+
+    def make(module: dict | None = None, **data) -> tuple[ASPOModule, RolloutDataModule]:
+        settings = {
+            "val": {"sums": sums(60, 5)},
+            "engine": TransformersEngine(),
+            "prompts_per_phase": 4,
+            "group_size": 4,
+            "optimizer_steps": 2,
+            "max_prompt_length": 16,
+            "max_completion_length": 16,
+            "token_budget": 64,
+            "no_spread": "keep",
+            "reward_workers": 1,
+        }
+        return (
+            ASPOModule(tiny_model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **(module or {})),
+            RolloutDataModule(tiny_model, train=sums(10, 40), **{**settings, **data}),
+        )
+
+    return make
+
+
+class Curves(Callback):
+    """What each epoch measured, but times; and the phases and weights behind it."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self.phases = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        tags = ("policy/", "rollout/", "mismatch/")
+        metrics = trainer.callback_metrics.items()
+        self.epochs.append({tag: float(value) for tag, value in metrics if tag.startswith(tags)})
+        self.phases.append(trainer.datamodule.phase)
+
+
+def trainer(*callbacks: Callback, **settings) -> Trainer:
+    return Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "reload_dataloaders_every_n_epochs": 1,
+            "num_sanity_val_steps": 0,
+            "logger": False,
+            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": list(callbacks),
+            **settings,
+        }
+    )
+
+
+def test_validating_first_changes_nothing(parts):
+    found = []
+    for validates in (False, True):
+        module, data = parts()
+        curves = Curves()
+        runner = trainer(curves)
+        if validates:
+            runner.validate(module, data, verbose=False)
+            assert module.reference is None
+        runner.fit(module, data)
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(module.reference.parameters(), parts()[0]._load().parameters(), strict=True)
+        )
+        (result,) = runner.test(module, data, verbose=False)
+        found.append((curves.epochs, result, [p.detach().clone() for p in module.parameters()]))
+        data.close()
+    (ours, our_scores, our_weights), (theirs, their_scores, their_weights) = found
+    assert ours == theirs
+    assert our_scores == their_scores
+    assert all(map(torch.equal, our_weights, their_weights))
+    assert ours[1]["policy/kl"] > 1e-3  # to the weights as they were, not to those of the moment
+
+
+def test_what_is_scored_as_the_reference_is_not_the_policy(parts):
+    module, data = parts()
+    runner, curves = trainer(Curves()), Curves()
+    runner.validate(module, data, verbose=False)
+    trainer(curves).fit(module, data)
+    batch = next(b for b in curves.phases[1] if len(b.targets))
+    assert (batch.ref_logprobs - batch.old_logprobs).abs().max() > 1e-2
+    data.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs is 0: all epochs would train on"),
+        ({"limit_train_batches": 3}, "limit_train_batches is 3: an optimizer step would have part"),
+        ({"limit_train_batches": 0.5}, "limit_train_batches is 0.5"),
+        ({"overfit_batches": 1}, "overfit_batches is 1"),
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches is 2, but each phase plans its own"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "but each phase plans its own"),
+        ({"val_check_interval": 15}, "val_check_interval is 15"),
+        ({"val_check_interval": 0.5}, "val_check_interval is 0.5"),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 9}, "check_val_every_n_epoch None"),
+        ({"precision": "bf16-true"}, "precision is bf16-true"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_trainer_that_would_train_something_else_is_refused(parts, settings, message):
+    module, data = parts()
+    with pytest.raises(ConfigError, match=message) as error:
+        trainer(**settings).fit(module, data)
+    assert "\n" not in str(error.value)
+    assert module.policy is None  # before anything is loaded
+    data.close()
+
+
+def test_a_look_at_whether_anything_runs_may_use_part_of_a_phase(parts):
+    module, data = parts()
+    trainer(fast_dev_run=True).fit(module, data)
+    assert module.global_step <= 1
+    data.close()
+
+
+def test_a_second_fit_with_the_same_parts_is_not_taken_for_a_setting(parts):
+    module, data = parts()
+    runner = trainer(max_epochs=1)
+    runner.fit(module, data)
+    assert runner.accumulate_grad_batches == 1
+    runner.fit_loop.max_epochs = 2
+    runner.fit(module, data)
+    assert runner.global_step == 4
+    data.close()
+
+
+def test_module_and_data_must_agree(parts, tmp_path, tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    module, data = parts(temperature=0.5)
+    with pytest.raises(ConfigError, match=r"trains at temperature 1\.0 and the data module samples at 0\.5"):
+        trainer().fit(module, data)
+    module, data = parts()
+    for use in ("fit", "validate", "test"):
+        with pytest.raises(ConfigError, match="give both the same model_name_or_path"):
+            getattr(trainer(), use)(ASPOModule(str(tmp_path)), data)
+    with pytest.raises(ConfigError, match="data.temperature is 0;"):
+        ASPOModule(tiny_model, temperature=0)
+
+
+class Averaged(WeightAveraging):
+    """Swaps weights for evaluations, as EMAWeightAveraging does; the average is far from the current weights."""
+
+    def __init__(self) -> None:
+        super().__init__(avg_fn=get_ema_avg_fn(0.99))
+
+
+def test_after_weights_were_swapped_for_an_evaluation_the_engine_samples_from_those_that_train(parts):
+    module, data = parts(probe_factor=None)
+    curves = Curves()
+    trainer(PhaseReport(), Averaged(), curves, max_epochs=3).fit(module, data)
+    assert len(curves.epochs) == 3
+    assert all(epoch["mismatch/logprob_abs_max"] < 1e-3 for epoch in curves.epochs)
+    data.close()
+
+
+class StopAt(Callback):
+    """Asks for a stop in the middle of a phase."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "settings"),
+    [
+        ([], {"max_steps": 3}),
+        ([StopAt()], {}),
+        ([StopAt()], {"min_steps": 2}),
+        ([Timer(duration={"seconds": 0})], {"min_epochs": 2}),
+        ([EarlyStopping("eval/sums/avg@1", stopping_threshold=-1.0, mode="max")], {"min_epochs": 2}),
+    ],
+    ids=["max_steps", "should_stop", "min_steps", "timer", "early_stopping"],
+)
+def test_a_stop_waits_for_the_end_of_the_phase(parts, tmp_path, callbacks, settings):
+    module, data = parts()
+    saved = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True, filename="{step}")
+    runner = trainer(*callbacks, saved, max_epochs=9, **settings)
+    runner.fit(module, data)
+    assert runner.global_step == 4  # the end of the second phase
+    assert runner.current_epoch == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
+    data.close()
+
+
+def test_what_was_written_within_a_phase_cannot_be_resumed_from(parts, tmp_path):
+    module, data = parts()
+    within = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    trainer(within).fit(module, data)
+    assert [p.name for p in tmp_path.iterdir()] == ["step=3.ckpt"]
+    path = str(tmp_path / "step=3.ckpt")
+    module, data = parts()
+    with pytest.raises(ConfigError, match="was written within epoch 1, whose phase was sampled by weights"):
+        trainer(max_epochs=4).fit(module, data, ckpt_path=path)
+    module, data = parts()
+    trainer().test(module, data, ckpt_path=path, verbose=False)  # its weights are as good as any
+    data.close()
+
+
+class NothingLearned(Callback):
+    """Takes all groups out of the second phase, as one without spread does."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.datamodule.phase_settings["no_spread"] = "drop"
+        trainer.datamodule.phase_settings["shaping"] = trainer.datamodule.phase_settings["shaping"]._replace(
+            truncated="zero"
+        )
+
+
+def test_what_a_phase_did_not_measure_is_not_shown_again(parts, capsys):
+    module, data = parts(max_completion_length=1)  # every completion is cut off
+    curves = Curves()
+    trainer(PhaseReport(), curves, NothingLearned()).fit(module, data)
+    first, second = curves.epochs
+    assert first["policy/entropy"] > 0
+    assert "policy/entropy" not in second
+    assert "policy/clip_fraction_positive" not in second
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert ["entropy" in line for line in lines] == [True, False]
+    data.close()
