@@ -147,7 +147,8 @@ class ASPOCLI(LightningCLI):
         if source == Path("last"):
             source = last_run(root).path
         if source is not None:
-            config.ckpt_path = str(find_checkpoint(source))
+            begins = self.subcommand == "fit" and is_run(source) and not RunFolder(source).has_checkpoints()
+            config.ckpt_path = None if begins else str(find_checkpoint(source))
         if self.subcommand != "fit" or config.trainer.fast_dev_run:
             config.trainer.logger = False
             return
@@ -157,11 +158,12 @@ class ASPOCLI(LightningCLI):
         self.run = RunFolder(source) if source is not None and resumes else new_run(root)
         self.given = self._parser("fit").dump(config, skip_none=False)
         if source is not None and not config.allow_changes:
-            check_same_computation(Path(config.ckpt_path), yaml.safe_load(self.given))
+            before = self.run if resumes else RunFolder(Path(config.ckpt_path).parent.parent)
+            check_same_computation(before, yaml.safe_load(self.given))
         steps = None
         if resumes:
-            print(f"Resuming from {config.ckpt_path}")
-            steps = trained_steps(Path(config.ckpt_path))
+            print(f"Resuming from {config.ckpt_path or 'its beginning: the run has no checkpoint yet'}")
+            steps = trained_steps(Path(config.ckpt_path)) if config.ckpt_path else 0
         config.checkpoint.dirpath = str(self.run.checkpoints)
         place_loggers(config.trainer.logger, self.run, steps)
 
@@ -184,6 +186,8 @@ class ASPOCLI(LightningCLI):
         )
 
     def before_fit(self) -> None:
+        if self.run is not None and self.trainer.is_global_zero:
+            print(f"Run {self.run.path}. If it is stopped, resume it with\n{resume_command(self.run)}", flush=True)
         if self.trainer.world_size == 1:
             Watchdog.on_hang = staticmethod(lambda reason: start_again(reason, self.run))
 
@@ -304,6 +308,11 @@ def arguments_without_checkpoint() -> list[str]:
     return [a for a in arguments if not a.startswith("--ckpt_path=")]
 
 
+def resume_command(run: RunFolder) -> str:
+    """What to type to resume a run that this command has started. As it was called: `aspo` need not be on the PATH."""
+    return shlex.join([sys.argv[0], *arguments_without_checkpoint(), "--ckpt_path", str(run.path)])
+
+
 def fit_summary(trainer: Trainer, run: RunFolder) -> str:
     """What came of a fit, where it is, and what to type next."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -314,8 +323,7 @@ def fit_summary(trainer: Trainer, run: RunFolder) -> str:
         if name in report.after
     ]
     lines += [f"peak memory    {peak_memory_gb():.1f} GB", f"run            {run.path}"]
-    aspo = shlex.quote(sys.argv[0])  # as it was called: it need not be on the PATH
-    resume = f"{aspo} {shlex.join(arguments_without_checkpoint())} --ckpt_path {shlex.quote(str(run.path))}"
+    resume = resume_command(run)
     for saved in trainer.checkpoint_callbacks:
         if isinstance(saved, ModelCheckpoint) and saved.best_model_path:
             monitored = isinstance(saved, BestCheckpoint)
@@ -357,14 +365,14 @@ def place_loggers(loggers: Any, run: RunFolder, steps: int | None) -> None:
                 settings.purge_step = steps
 
 
-def check_same_computation(checkpoint: Path, config: dict[str, Any]) -> None:
+def check_same_computation(run: RunFolder, config: dict[str, Any]) -> None:
     """Raises ConfigError if a run would be resumed under settings that compute something else than it did so far."""
-    before = RunFolder(checkpoint.resolve().parent.parent).config()
+    before = run.config()
     if before is not None and (changes := differences(computation(before), computation(config))):
         told = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
         raise ConfigError(
-            f"The run of {checkpoint} would be resumed as another one: {told}. Set that back, or resume it all the "
-            "same with --allow_changes true."
+            f"The run {run.path} would be resumed as another one: {told}. Set that back, or resume it all the same "
+            "with --allow_changes true."
         )
 
 

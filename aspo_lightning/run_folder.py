@@ -151,7 +151,8 @@ def _number(run: Path) -> int:
 
 
 def is_run(source: Path) -> bool:
-    return (source / "checkpoints").is_dir()
+    """Whether a path is a run's folder. It may have no checkpoint yet."""
+    return source.is_dir() and (RunFolder(source).checkpoints.is_dir() or RunFolder(source).times_resumed() > 0)
 
 
 def is_trained(source: Path) -> bool:

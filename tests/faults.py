@@ -40,7 +40,8 @@ class Late(Callback):
 class Fault(Callback):
     """Strikes in an epoch: once, or ``times`` if it is reached again.
 
-    ``part`` is where: generate, engine (in a step of vLLM), reward, score, update, checkpoint (when the temporary file
+    ``part`` is where: generate, engine (in a step of vLLM), broken
+    (any engine, when it takes weights), reward, score, update, checkpoint (when the temporary file
     is written), saved (behind it). ``kind`` is what: a signal's name, raise, hang, nan (in a weight), pool (its
     processes are killed), or clock (it jumps a day to and fro). The file ``struck`` remembers it across restarts.
     """
@@ -58,6 +59,7 @@ class Fault(Callback):
             "saved": (trainer._logger_connector, "on_epoch_end"),
             "update": (None, ""),
             "engine": (None, ""),
+            "broken": (data.engine, "sync_weights"),
         }[self.part]
         if self.part == "engine":
             original_start = data.engine.start

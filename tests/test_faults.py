@@ -60,15 +60,14 @@ class Ranks:
         config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
+        return self.command(name, ["fit", "--config", str(path), *args])
+
+    def command(self, name: str, command: list[str]) -> list[int]:
         port = str(free_port())
         for rank, starter in enumerate(self.starters):
             environment = {} if self.ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment |= {} if self.ranks == 1 else {"LOCAL_RANK": str(rank)}
-            line = {
-                "command": ["fit", "--config", str(path), *args],
-                "environment": environment,
-                "log": str(self.log(name, rank)),
-            }
+            line = {"command": command, "environment": environment, "log": str(self.log(name, rank))}
             print(json.dumps(line), file=starter.stdin, flush=True)
         return [int(starter.stdout.readline()) for starter in self.starters]
 
@@ -81,6 +80,11 @@ class Ranks:
     def fit(self, name: str, *args: str, **fault) -> int:
         """The exit code of a start."""
         self.start(name, *args, **fault)
+        return self.wait()[0]
+
+    def again(self, name: str, command: list[str]) -> int:
+        """The exit code of a command that a start has printed."""
+        self.command(name, command)
         return self.wait()[0]
 
     def run(self, name: str) -> Path:
@@ -299,4 +303,4 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(rank, tmp_path):
         assert rank.fit("readonly", "--trainer.default_root_dir", str(tmp_path)) == 1
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
-    assert "can't be written to (Read-only file system). Choose another by" in rank.text("readonly")
+    assert "can't be written to (Read-only file system). Choose another with" in rank.text("readonly")

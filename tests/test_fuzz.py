@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aspo_lightning import ASPOModule, RolloutDataModule
-from aspo_lightning.checkpoints import AtomicCheckpointIO, digest_path
+from aspo_lightning.checkpoints import AtomicCheckpointIO, digest_path, trained_from
 from aspo_lightning.cli import Parser
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation import check_folder, read_known
-from aspo_lightning.export import export, trained_from
+from aspo_lightning.export import export
 from aspo_lightning.report import read_result
 from aspo_lightning.rewards import RewardItem, RewardPool
 from aspo_lightning.tasks import Dataset, MultipleChoice

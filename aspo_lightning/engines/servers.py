@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
 from aspo_lightning.engines.transfer import Stream
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 CONNECTIONS = 256  # to a server at a time: as many completions as it samples by default, and few enough open files
@@ -32,7 +33,7 @@ class VLLMServers(Generator):
         timeout_s: how long servers and trainer wait for each other when weights are sent.
     """
 
-    def __init__(self, urls: list[str], timeout_s: float = 300.0) -> None:
+    def __init__(self, urls: Annotated[list[str], INCIDENTAL], timeout_s: Annotated[float, INCIDENTAL] = 300.0) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
         self._model = self._model_name = ""

@@ -1,6 +1,7 @@
 """Sampling with plain transformers: slower than vLLM, but there wherever the trainer is."""
 
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 
@@ -20,7 +22,7 @@ class TransformersEngine(Generator):
         dtype: of the copy's weights, as transformers names it.
     """
 
-    def __init__(self, batch_size: int = 64, dtype: str = "float32") -> None:
+    def __init__(self, batch_size: Annotated[int, INCIDENTAL] = 64, dtype: str = "float32") -> None:
         if batch_size < 1:
             raise ConfigError(f"TransformersEngine.batch_size is {batch_size}; it must be at least 1.")
         self.batch_size = batch_size

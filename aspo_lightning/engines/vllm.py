@@ -4,7 +4,7 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ class VLLMEngine(Generator):
     def __init__(
         self,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        kv_cache_gib: float | None = None,
-        gpu_memory_utilization: float = 0.4,
-        max_num_seqs: int = 256,
-        enforce_eager: bool = False,
-        timeout_s: float = 600.0,
-        tensor_parallel_size: int = 1,
+        kv_cache_gib: Annotated[float | None, INCIDENTAL] = None,
+        gpu_memory_utilization: Annotated[float, INCIDENTAL] = 0.4,
+        max_num_seqs: Annotated[int, INCIDENTAL] = 256,
+        enforce_eager: Annotated[bool, INCIDENTAL] = False,
+        timeout_s: Annotated[float, INCIDENTAL] = 600.0,
+        tensor_parallel_size: Annotated[int, INCIDENTAL] = 1,
     ) -> None:
         self.dtype = dtype
         self.kv_cache_gib = kv_cache_gib
