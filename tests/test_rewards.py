@@ -12,7 +12,8 @@ import reasoning_gym
 
 from aspo_lightning.environments.second_chance import environment as second_chance
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.rewards import RewardItem, RewardPool, Score
+from aspo_lightning.rewards import RewardItem, RewardPool, Score, choice, code, math
+from aspo_lightning.rewards import reasoning_gym as gym
 from aspo_lightning.rewards.choice import chosen_letter
 from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.math import accepted_answers, last_boxed
@@ -126,6 +127,31 @@ def test_reasoning_gym_takes_the_tagged_answer_or_all_of_the_completion():
     assert gym_reward("", row) == 0
     # The verifier's own partial credit: the answer's share of a longer text.
     assert gym_reward(f"x{answer}", row) == pytest.approx(len(answer) / (len(answer) + 1))
+
+
+GYM_ROW = reasoning_gym.create_dataset("chain_sum", size=1, seed=7)[0]
+THINKERS = {
+    "math": (math, r"\boxed{7}", {"answer": "7"}),
+    "choice": (choice, r"\boxed{B}", {"answer": "B"}),
+    "code": (code, "```python\nprint(7)\n```", {"answer": {"input": "", "output": "7"}}),
+    "reasoning_gym": (gym, f"<answer>{GYM_ROW['answer']}</answer>", GYM_ROW),
+}
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_thinking_that_was_never_closed_has_no_answer(name):
+    module, right, row = THINKERS[name]
+    texts = {
+        f"{right}": 1,
+        f"<think>hm</think>{right}": 1,
+        f"hm</think>{right}": 1,
+        f"<think>first {right} but let me check": 0,
+        f"<think>a</think>{right}<think>or": 0,
+        f"{right}<think>": 0,
+    }
+    assert {text: module.reward(text, row) for text in texts} == texts
+    if hasattr(module.reward, "answer"):
+        assert [text for text in texts if module.reward.answer(text, row) is None] == list(texts)[3:]
 
 
 def math_pairs():

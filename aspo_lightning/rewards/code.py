@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from aspo_lightning.rewards.runner import decode, encode
 from aspo_lightning.rewards.sandbox import Failed, Limits, Process, check_isolation, run_script
+from aspo_lightning.rewards.thinking import answer_part
 
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -51,7 +52,7 @@ def reward(completion: str, row: dict[str, Any]) -> float:
     """1.0 if the last code block of the completion passes all tests, else 0.0.
 
     Args:
-        completion: the model's text. Without a fenced block, all of it behind the thinking part is taken as code.
+        completion: the model's text. Without a fenced block, all of it after the thinking is taken as code.
         row: ``answer`` holds the tests in any format that ``parse_tests`` reads; of HumanEval, the whole row does. A
             function's name may be in ``metadata`` (LiveCodeBench). ``time_limit`` for one test is optional: seconds, or
             CodeContests' {"seconds": ..., "nanos": ...}.
@@ -72,7 +73,8 @@ def _reward(completion: str, row: dict[str, Any], isolated: bool) -> float:
     if not tests:
         raise ValueError("the row has no tests")
     limits = Limits(seconds=_seconds(row.get("time_limit")))
-    code = extract_code(completion)
+    if (code := extract_code(completion)) is None:
+        return 0.0
     calls = [t for t in tests if isinstance(t, CallTest)]
     try:
         for test in tests:
@@ -94,9 +96,10 @@ def _seconds(time_limit: Any) -> float:
     return float(time_limit or Limits().seconds)
 
 
-def extract_code(completion: str) -> str:
-    """The last fenced block behind the thinking part; without one, all that is there."""
-    text = completion.rpartition("</think>")[2]
+def extract_code(completion: str) -> str | None:
+    """The last fenced block after the thinking; without one, all that is there. None while it's still thinking."""
+    if (text := answer_part(completion)) is None:
+        return None
     blocks = _FENCE.findall(text)
     return blocks[-1] if blocks else text
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+from aspo_lightning.rewards.thinking import answer_part
+
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _THIN_SPACE = re.compile(r"(?<=\d)\\[,;:! ]\s*(?=\d)")
@@ -17,7 +19,7 @@ _LONGEST_ANSWER = 2_000
 def reward(completion: str, row: dict[str, Any]) -> float:
     """1.0 if the completion's answer equals ``row["answer"]``, else 0.0.
 
-    The answer is the last boxed expression behind the thinking part; without one, the last that math-verify finds
+    The answer is the last boxed expression after the thinking; without one, the last that math-verify finds
     there. Units, percent signs and formatting don't count. A reference that is a list of texts (or the JSON of one, as
     Skywork-OR1 has) accepts any of them.
 
@@ -40,7 +42,8 @@ reward.answer = answer  # type: ignore[attr-defined]
 
 def _parsed(completion: str) -> list[Any]:
     """The completion's answer as math-verify holds it; nothing if there is none."""
-    text = completion.rpartition("</think>")[2]
+    if (text := answer_part(completion)) is None:
+        return []
     boxed = last_boxed(text)
     if boxed is None:
         return parse(text[-_LONGEST_ANSWER:], _EXTRACTION)
