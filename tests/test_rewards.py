@@ -168,6 +168,16 @@ def test_math_gives_a_mathematicians_verdict():
     assert wrong == []
 
 
+def test_boxes_that_stand_together_are_one_vote():
+    texts = [
+        r"\boxed{1} and \boxed{2}",
+        r"$\boxed{2}$, $\boxed{1}$",
+        r"\boxed{1}. Or \boxed{2}",
+        r"\boxed{2} or \boxed{2.0}",
+    ]
+    assert [math.reward.answer(text, {}) for text in texts] == ["{1, 2}", "{1, 2}", "2", "2"]
+
+
 def test_any_of_several_accepted_answers_is_right():
     for reference in (["1", "\\frac{2}{3}"], '["1", "\\\\frac{2}{3}"]'):
         verdicts = [math_reward(f"\\boxed{{{a}}}", {"answer": reference}) for a in ("1", "2/3", "2")]
@@ -202,6 +212,9 @@ HOSTILE = {
     "10 MB of digits, unboxed": "7" * 10**7,
     "nested fractions": "\\boxed{" + "\\frac{1}{" * 180 + "2" + "}" * 180 + "}",
     "long sum": "\\boxed{" + "x+" * 900 + "1}",
+    "many boxes": "".join(f"\\boxed{{{i}}}, " for i in range(10**5)),
+    "many equal boxes": "\\boxed{4}, " * 10**5,
+    "boxes in boxes": "\\boxed{1}, \\boxed{" * 10**5 + "}" * 10**5,
     "null bytes": "\\boxed{\0\0}",
     "surrogates": "\\boxed{\ud800}",
 }
