@@ -52,15 +52,52 @@ def test_a_reward_that_misbehaves_fails_and_the_rest_goes_on(pool, name):
     assert pool.score(items("number", "number", scale=3)) == [Score(0.0, False), Score(3.0, False)]
 
 
-def test_what_a_reward_forked_is_killed_with_it(pool, tmp_path):
+@pytest.mark.parametrize("name", ["fork_and_hang", "daemon_and_hang", "daemon_and_crash"])
+def test_what_a_reward_started_is_killed_with_it(pool, tmp_path, name):
     pid_file = tmp_path / "pid"
-    (score,) = pool.score(items("fork_and_hang", file=str(pid_file)))
+    (score,) = pool.score(items(name, file=str(pid_file)))
     assert score == Score(0.0, True)
+    assert not alive(int(pid_file.read_text()))
+
+
+def test_what_a_reward_left_running_ends_with_the_pool(pool, tmp_path):
+    pid_file = tmp_path / "pid"
+    assert pool.score(items("daemon_and_return", file=str(pid_file))) == [Score(7.0, False)]
     child = int(pid_file.read_text())
-    deadline = time.monotonic() + 5
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert alive(child)
+    pool.close()
     assert not alive(child)
+
+
+def test_what_a_reward_started_ends_with_a_run_that_is_killed(tmp_path):
+    pid_file = tmp_path / "pid"
+    code = (
+        "from aspo_lightning.rewards import *\n"
+        f"item = RewardItem({{'tests.hostile_rewards.daemon_and_hang': 1.0}}, '', {{'file': {str(pid_file)!r}}})\n"
+        "RewardPool(workers=1, timeout_s=60).score([item])"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code])
+    assert eventually(lambda: pid_file.exists() and pid_file.read_text())
+    run.kill()
+    run.wait()
+    child = int(pid_file.read_text())
+    assert eventually(lambda: not alive(child))
+
+
+def test_closing_does_not_wait_for_a_supervisor_that_is_stopped(pool, monkeypatch):
+    monkeypatch.setattr("aspo_lightning.rewards.pool._KILL_TIMEOUT_S", 0.2)
+    pool.score(items("number", scale=1))
+    (supervisor,) = [worker._process.pid for worker in pool._workers if worker]
+    os.kill(supervisor, signal.SIGSTOP)
+    pool.close()
+    assert not alive(supervisor)
+
+
+def eventually(holds) -> bool:
+    deadline = time.monotonic() + 20
+    while not (met := holds()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(met)
 
 
 def alive(pid: int) -> bool:
