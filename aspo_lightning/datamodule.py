@@ -91,7 +91,7 @@ class RolloutDataModule(LightningDataModule):
         eval_max_completion_length: tokens in evaluations. None: max_completion_length.
         probe_factor: how much further engine and trainer may get apart, on a probe after each sync, than they are at
             first. None: no probe.
-        reward_workers: processes that score completions.
+        reward_workers: processes that score completions, on each rank.
         reward_timeout_s: wall-clock limit of one score.
         seed: of prompts and sampling (set by ``seed_everything`` on the command line).
     """

@@ -65,9 +65,9 @@ class _Episode:
         record = {"ids": self.ids, "truncated": self.truncated, "failed": self.failed}
         return {**record, "turns": self.turns, "sampled": self.sampled} if self.prompt.environment else record
 
-    def restore(self, record: dict[str, Any], text: Callable[[Sequence[int]], str]) -> None:
+    def restore(self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids, self.truncated, self.failed = record["ids"], record["truncated"], record["failed"]
-        self.turns = record["turns"] if "turns" in record else [text(self.ids)]
+        self.turns = record["turns"] if "turns" in record else [_turn(tokenizer, self.prompt.prompt_ids, self.ids)]
         self.sampled = record.get("sampled", [True] * len(self.ids))
         self.logprobs = [0.0] * len(self.ids)
         self.ended = True
@@ -105,7 +105,7 @@ def sample_groups(
     if journal:
         for episode in episodes:
             if completion := journal.get(episode.prompt.id, episode.sample).get("completion"):
-                episode.restore(completion, lambda ids: _decode(tokenizer, ids))
+                episode.restore(completion, tokenizer)
     keep = None if rank % size else journal
     turn = 0
     while active := [e for e in episodes if not e.ended]:
@@ -196,7 +196,7 @@ def _sample_turn(
         episode.ids += completion.completion_ids
         episode.logprobs += completion.generator_logprobs
         episode.sampled += [True] * len(completion.completion_ids)
-        episode.turns.append(_decode(tokenizer, completion.completion_ids))
+        episode.turns.append(_turn(tokenizer, requests[index].prompt_ids, completion.completion_ids))
         episode.truncated = completion.truncated
         episode.ended = completion.truncated or episode.prompt.environment is None
         _keep(episode, journal)
@@ -235,6 +235,12 @@ def _answer(
         episode.ids += ids
         episode.logprobs += [0.0] * len(ids)
         episode.sampled += [False] * len(ids)
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """A turn's text as it is judged: where the chat template opens thinking (R1-Distill), that is part of it."""
+    opened = _decode(tokenizer, before[-16:]).rstrip().endswith("<think>")  # the last tokens, white space included
+    return ("<think>" if opened else "") + _decode(tokenizer, ids)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

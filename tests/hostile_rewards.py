@@ -64,6 +64,35 @@ def fork_and_hang(completion, row):
         time.sleep(1)
 
 
+def daemon(row):
+    """Starts a process the way a daemon is started: forked twice, in a session of its own."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            Path(row["file"]).write_text(str(os.getpid()))
+            while True:
+                time.sleep(1)
+        os._exit(0)
+    os.wait()
+    while not Path(row["file"]).exists() or not Path(row["file"]).read_text():
+        time.sleep(0.01)
+
+
+def daemon_and_hang(completion, row):
+    daemon(row)
+    hang(completion, row)
+
+
+def daemon_and_crash(completion, row):
+    daemon(row)
+    crash(completion, row)
+
+
+def daemon_and_return(completion, row):
+    daemon(row)
+    return 7.0
+
+
 def parity_or_hang(completion, row):
     """Hangs on one first character in sixteen."""
     if completion and ord(completion[0]) % 16 == 5:

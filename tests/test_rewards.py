@@ -12,7 +12,8 @@ import reasoning_gym
 
 from aspo_lightning.environments.second_chance import environment as second_chance
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.rewards import RewardItem, RewardPool, Score
+from aspo_lightning.rewards import RewardItem, RewardPool, Score, choice, code, math
+from aspo_lightning.rewards import reasoning_gym as gym
 from aspo_lightning.rewards.choice import chosen_letter
 from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.math import accepted_answers, last_boxed
@@ -51,15 +52,52 @@ def test_a_reward_that_misbehaves_fails_and_the_rest_goes_on(pool, name):
     assert pool.score(items("number", "number", scale=3)) == [Score(0.0, False), Score(3.0, False)]
 
 
-def test_what_a_reward_forked_is_killed_with_it(pool, tmp_path):
+@pytest.mark.parametrize("name", ["fork_and_hang", "daemon_and_hang", "daemon_and_crash"])
+def test_what_a_reward_started_is_killed_with_it(pool, tmp_path, name):
     pid_file = tmp_path / "pid"
-    (score,) = pool.score(items("fork_and_hang", file=str(pid_file)))
+    (score,) = pool.score(items(name, file=str(pid_file)))
     assert score == Score(0.0, True)
+    assert not alive(int(pid_file.read_text()))
+
+
+def test_what_a_reward_left_running_ends_with_the_pool(pool, tmp_path):
+    pid_file = tmp_path / "pid"
+    assert pool.score(items("daemon_and_return", file=str(pid_file))) == [Score(7.0, False)]
     child = int(pid_file.read_text())
-    deadline = time.monotonic() + 5
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert alive(child)
+    pool.close()
     assert not alive(child)
+
+
+def test_what_a_reward_started_ends_with_a_run_that_is_killed(tmp_path):
+    pid_file = tmp_path / "pid"
+    code = (
+        "from aspo_lightning.rewards import *\n"
+        f"item = RewardItem({{'tests.hostile_rewards.daemon_and_hang': 1.0}}, '', {{'file': {str(pid_file)!r}}})\n"
+        "RewardPool(workers=1, timeout_s=60).score([item])"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code])
+    assert eventually(lambda: pid_file.exists() and pid_file.read_text())
+    run.kill()
+    run.wait()
+    child = int(pid_file.read_text())
+    assert eventually(lambda: not alive(child))
+
+
+def test_closing_does_not_wait_for_a_supervisor_that_is_stopped(pool, monkeypatch):
+    monkeypatch.setattr("aspo_lightning.rewards.pool._KILL_TIMEOUT_S", 0.2)
+    pool.score(items("number", scale=1))
+    (supervisor,) = [worker._process.pid for worker in pool._workers if worker]
+    os.kill(supervisor, signal.SIGSTOP)
+    pool.close()
+    assert not alive(supervisor)
+
+
+def eventually(holds) -> bool:
+    deadline = time.monotonic() + 20
+    while not (met := holds()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(met)
 
 
 def alive(pid: int) -> bool:
@@ -128,6 +166,31 @@ def test_reasoning_gym_takes_the_tagged_answer_or_all_of_the_completion():
     assert gym_reward(f"x{answer}", row) == pytest.approx(len(answer) / (len(answer) + 1))
 
 
+GYM_ROW = reasoning_gym.create_dataset("chain_sum", size=1, seed=7)[0]
+THINKERS = {
+    "math": (math, r"\boxed{7}", {"answer": "7"}),
+    "choice": (choice, r"\boxed{B}", {"answer": "B"}),
+    "code": (code, "```python\nprint(7)\n```", {"answer": {"input": "", "output": "7"}}),
+    "reasoning_gym": (gym, f"<answer>{GYM_ROW['answer']}</answer>", GYM_ROW),
+}
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_thinking_that_was_never_closed_has_no_answer(name):
+    module, right, row = THINKERS[name]
+    texts = {
+        f"{right}": 1,
+        f"<think>hm</think>{right}": 1,
+        f"hm</think>{right}": 1,
+        f"<think>first {right} but let me check": 0,
+        f"<think>a</think>{right}<think>or": 0,
+        f"{right}<think>": 0,
+    }
+    assert {text: module.reward(text, row) for text in texts} == texts
+    if hasattr(module.reward, "answer"):
+        assert [text for text in texts if module.reward.answer(text, row) is None] == list(texts)[3:]
+
+
 def math_pairs():
     for line in Path(__file__).with_name("math_pairs.tsv").read_text().splitlines():
         if not line.startswith("#"):
@@ -140,6 +203,16 @@ def test_math_gives_a_mathematicians_verdict():
     assert len(pairs) >= 200
     wrong = [(c, r) for c, r, verdict in pairs if math_reward(c, {"answer": r}) != verdict]
     assert wrong == []
+
+
+def test_boxes_that_stand_together_are_one_vote():
+    texts = [
+        r"\boxed{1} and \boxed{2}",
+        r"$\boxed{2}$, $\boxed{1}$",
+        r"\boxed{1}. Or \boxed{2}",
+        r"\boxed{2} or \boxed{2.0}",
+    ]
+    assert [math.reward.answer(text, {}) for text in texts] == ["{1, 2}", "{1, 2}", "2", "2"]
 
 
 def test_any_of_several_accepted_answers_is_right():
@@ -176,6 +249,9 @@ HOSTILE = {
     "10 MB of digits, unboxed": "7" * 10**7,
     "nested fractions": "\\boxed{" + "\\frac{1}{" * 180 + "2" + "}" * 180 + "}",
     "long sum": "\\boxed{" + "x+" * 900 + "1}",
+    "many boxes": "".join(f"\\boxed{{{i}}}, " for i in range(10**5)),
+    "many equal boxes": "\\boxed{4}, " * 10**5,
+    "boxes in boxes": "\\boxed{1}, \\boxed{" * 10**5 + "}" * 10**5,
     "null bytes": "\\boxed{\0\0}",
     "surrogates": "\\boxed{\ud800}",
 }

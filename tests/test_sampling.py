@@ -130,6 +130,45 @@ def test_an_episode_ends_when_a_turn_is_cut_off_or_no_reply_fits(pool):
     assert (full.text, full.truncated, full.sampled) == ("5", True, None)
 
 
+def thought(pool, prompt_text, answers, **kwargs):
+    """The reward of a completion to a prompt that ends as a chat template may."""
+    ids = tuple(map(ord, prompt_text))
+    game = Prompt("p0", ids, prompt_text, {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"}, **kwargs)
+    engine = Script([said(a) for a in answers])
+    (group,), _ = sample_groups(engine, pool, Characters(), [game], Sampling(1, 500, 1.0, 1.0, seed=0), epoch=0)
+    return group.rollouts[0].reward
+
+
+def test_thinking_that_the_prompt_has_opened_is_judged_as_thinking(pool):
+    unfinished, finished = r"first \boxed{7} but let me check", r"\boxed{8}? no</think>\boxed{7}"
+    assert [thought(pool, "A<think>\n", [text]) for text in (unfinished, finished)] == [0, 1]
+    assert [thought(pool, "A", [text]) for text in (unfinished, finished)] == [1, 1]
+    assert thought(pool, "Think in <think> tags. A", [unfinished]) == 1
+    assert thought(pool, "A<think></think>", [unfinished]) == 1
+
+
+def test_a_later_turn_has_its_own_thinking(pool):
+    again = {"environment": "tests.hostile_rewards.once_more", "before_reply": "|"}
+    turns = ["no idea</think>", r"first \boxed{7} but let me check"]
+    assert thought(pool, "A<think>\n", turns, after_reply=":<think>\n", **again) == 0
+    assert thought(pool, "A<think>\n", turns, after_reply=":", **again) == 1
+
+
+def test_a_sampling_that_goes_on_judges_thinking_all_the_same(pool):
+    class Known:
+        def get(self, prompt_id, sample):
+            return {"completion": {"ids": list(map(ord, r"\boxed{7} but")), "truncated": True, "failed": False}}
+
+        def add(self, prompt_id, sample, **known):
+            assert known["reward"] == 0.0
+
+    ids = tuple(map(ord, "A<think>"))
+    game = Prompt("p0", ids, "A<think>", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"})
+    settings = Sampling(1, 500, 1.0, 1.0, seed=0)
+    (group,), _ = sample_groups(Script(), pool, Characters(), [game], settings, epoch=0, journal=Known())
+    assert group.rollouts[0].reward == 0.0
+
+
 def test_an_environment_that_fails_ends_the_episode_without_reward(pool):
     _, rollout = play(pool, ["7"], environment="tests.hostile_rewards.fail")
     assert (rollout.text, rollout.reward, rollout.failed) == ("7", 0.0, True)

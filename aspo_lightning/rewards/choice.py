@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from aspo_lightning.rewards.math import last_boxed
+from aspo_lightning.rewards.thinking import answer_part
 
 # "the answer is (B)", "Answer: B", "**Answer: B**"
 _STATED = re.compile(r"(?i:answer(?:\s+is)?)\s*:?\s*[*_$]*\(?\s*([A-Z])\b")
@@ -26,8 +27,9 @@ reward.answer = answer  # type: ignore[attr-defined]
 
 
 def chosen_letter(completion: str) -> str | None:
-    """The letter in the last box behind the thinking part; else of the last "answer is X"; else one standing alone."""
-    text = completion.rpartition("</think>")[2]
+    """The letter in the last box after the thinking; else of the last "answer is X"; else one standing alone."""
+    if (text := answer_part(completion)) is None:
+        return None
     if (boxed := last_boxed(text)) is not None:
         match = _LABELLED.match(boxed)
         return (match[1] or match[2]).upper() if match else None

@@ -12,10 +12,12 @@ import pickle
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from aspo_lightning.rewards.runner import decode, encode
 from aspo_lightning.rewards.sandbox import Failed, Limits, Process, check_isolation, run_script
+from aspo_lightning.rewards.thinking import answer_part
 
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -51,7 +53,7 @@ def reward(completion: str, row: dict[str, Any]) -> float:
     """1.0 if the last code block of the completion passes all tests, else 0.0.
 
     Args:
-        completion: the model's text. Without a fenced block, all of it behind the thinking part is taken as code.
+        completion: the model's text. Without a fenced block, all of it after the thinking is taken as code.
         row: ``answer`` holds the tests in any format that ``parse_tests`` reads; of HumanEval, the whole row does. A
             function's name may be in ``metadata`` (LiveCodeBench). ``time_limit`` for one test is optional: seconds, or
             CodeContests' {"seconds": ..., "nanos": ...}.
@@ -72,7 +74,8 @@ def _reward(completion: str, row: dict[str, Any], isolated: bool) -> float:
     if not tests:
         raise ValueError("the row has no tests")
     limits = Limits(seconds=_seconds(row.get("time_limit")))
-    code = extract_code(completion)
+    if (code := extract_code(completion)) is None:
+        return 0.0
     calls = [t for t in tests if isinstance(t, CallTest)]
     try:
         for test in tests:
@@ -94,9 +97,10 @@ def _seconds(time_limit: Any) -> float:
     return float(time_limit or Limits().seconds)
 
 
-def extract_code(completion: str) -> str:
-    """The last fenced block behind the thinking part; without one, all that is there."""
-    text = completion.rpartition("</think>")[2]
+def extract_code(completion: str) -> str | None:
+    """The last fenced block after the thinking; without one, all that is there. None while it's still thinking."""
+    if (text := answer_part(completion)) is None:
+        return None
     blocks = _FENCE.findall(text)
     return blocks[-1] if blocks else text
 
@@ -203,8 +207,12 @@ def _decoded(message: Any) -> Any:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Line by line and word by word; a number with a fraction may differ by 1e-6 (relative, or absolute below 1)."""
-    left, right = ([line.split() for line in text.strip().splitlines()] for text in (printed, expected))
+    """Line by line and word by word, numbers by their value: whatever LiveCodeBench's checker accepts (3.0 for 3).
+
+    Beyond that, a number expected with a fraction may differ by 1e-6 (relative, or absolute below 1), as problems of
+    TACO and CodeContests allow.
+    """
+    left, right = ([line.split() for line in text.split("\n")] for text in (printed, expected))
     left, right = ([words for words in lines if words] for lines in (left, right))
     return len(left) == len(right) and all(
         len(a) == len(b) and all(map(_same_word, a, b)) for a, b in zip(left, right, strict=True)
@@ -215,19 +223,26 @@ def _same_word(word: str, expected: str) -> bool:
     if word == expected:
         return True
     try:
-        return not expected.lstrip("+-").isdigit() and _close(float(word), float(expected))
-    except ValueError:
+        whole = expected.lstrip("+-").isdigit()
+        return Decimal(word) == Decimal(expected) or (not whole and _close(float(word), float(expected)))
+    except (ValueError, ArithmeticError):
         return False
 
 
 def same_value(value: Any, expected: Any) -> bool:
-    """Equal, where a tuple is as good as a list and floats may differ by 1e-6."""
+    """Equal in Python, as for LiveCodeBench's checker: 3 is 3.0, and True is 1. A tuple is as good as a list.
+
+    Beyond that, a float may differ by 1e-6, as in ``same_output``.
+    """
     if isinstance(value, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(value) == len(expected) and all(map(same_value, value, expected))
     if isinstance(value, float) and isinstance(expected, (int, float)) and not isinstance(expected, bool):
         return _close(value, expected)
-    return type(value) is type(expected) and value == expected
+    return bool(value == expected)
 
 
 def _close(a: float, b: float) -> bool:
-    return a == b or (math.isfinite(a) and math.isfinite(b) and abs(a - b) <= 1e-6 * max(1.0, abs(b)))
+    try:
+        return a == b or (math.isfinite(a) and math.isfinite(b) and abs(a - b) <= 1e-6 * max(1.0, abs(b)))
+    except OverflowError:  # a whole number beyond all floats
+        return False

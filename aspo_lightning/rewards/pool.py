@@ -1,6 +1,6 @@
 """A pool of killable processes for reward functions and environments.
 
-What hangs, crashes or forks is killed, and the run goes on.
+What hangs or crashes is killed with all that it started, and the run goes on.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from aspo_lightning.errors import ConfigError
 
 # From the start of a process until the reward's module is imported; not part of a reward's own time limit.
 IMPORT_TIMEOUT_S = 120.0
+_KILL_TIMEOUT_S = 10.0
 _LOAD_ONLY = None  # the subject of a call that only imports its function
 
 
@@ -204,7 +205,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a process group of its own: killed as a whole
+                start_new_session=True,  # a Ctrl-C in the terminal is for the run alone
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         self.connection = Connection(ours.detach())
@@ -218,7 +219,10 @@ class _Worker:
             self.connection.send_bytes(pickle.dumps((self.calls, *call)))
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        self._process.terminate()
+        try:
+            self._process.wait(_KILL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # the supervisor was stopped, or something can't be killed
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            self._process.wait()
         self.connection.close()

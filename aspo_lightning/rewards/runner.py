@@ -1,7 +1,7 @@
 """Runs inside the sandbox, by ``python -c``: sets the limits, then runs the code of a job. Standard library only.
 
-``sandbox.py`` sends its source; outside, only ``encode``, ``decode`` and ``die_with_parent`` are used. Expected answers
-never come in here together with the model's code.
+``sandbox.py`` sends its source; outside, only ``encode``, ``decode``, ``prctl`` and ``die_with_parent`` are used. What
+is expected never comes in here together with the model's code.
 """
 
 import json
@@ -55,13 +55,17 @@ def set_limits(cpu_seconds, memory_mib):
     limit(resource.RLIMIT_CORE, 0)
 
 
-def die_with_parent():
-    """Has the kernel kill this process when the one that started it ends."""
+def prctl(option, value):
+    """See prctl(2)."""
     import ctypes
-    import signal
 
+    ctypes.CDLL(None).prctl(option, value)
+
+
+def die_with_parent(signum=9):
+    """Has the kernel send this process a signal when the one that started it ends."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    prctl(pr_set_pdeathsig, signum)
 
 
 def line_channel():

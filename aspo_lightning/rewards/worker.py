@@ -1,7 +1,7 @@
 """The process that runs reward functions and environments: ``python -m aspo_lightning.rewards.worker FD MEMORY_BYTES``.
 
-Started by ``pool.py`` in a session of its own, so that it can be killed with all it started. What it is sent is
-pickled (the pool is trusted); what it answers is JSON (it isn't).
+Started by ``pool.py``, below a supervisor, so that it can be killed with all it started. What it is sent is pickled
+(the pool is trusted); what it answers is JSON (it isn't).
 """
 
 import importlib
@@ -14,7 +14,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-from aspo_lightning.rewards.runner import die_with_parent
+from aspo_lightning.rewards.supervisor import supervise
 
 
 @cache
@@ -27,9 +27,9 @@ def load(path: str) -> Any:
 
 
 def main(fd: int, memory_bytes: int) -> None:
+    supervise(fd)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    die_with_parent()
     connection = Connection(fd)
     pid, number = os.getpid(), -1
 
