@@ -281,7 +281,7 @@ def test_metrics_are_means_over_tokens_of_each_sign():
 @pytest.mark.parametrize(
     ("estimator", "value", "slope"),
     [
-        ("k1", lambda d: -d, lambda d: 1.0),
+        ("k1", lambda d: -d, lambda d: -d),
         ("k2", lambda d: d * d / 2, lambda d: -d),
         ("k3", lambda d: math.exp(d) - d - 1, lambda d: 1 - math.exp(d)),
     ],
@@ -312,3 +312,51 @@ def test_kl_estimators(estimator, value, slope):
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def expected_kl(estimator, seed):
+    """Value and gradient by the logits of an estimator's mean over the policy's own samples, all tokens enumerated."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, ref_logits = (2 * torch.randn(2, 11, dtype=torch.float64, generator=generator)).unbind()
+    logits.requires_grad_()
+    logp, ref = logits.log_softmax(0), ref_logits.log_softmax(0)
+    mean = (logp.detach().exp() * kl_to_reference(logp, ref, estimator)).sum()
+    (gradient,) = torch.autograd.grad(mean, logits)
+    # By hand: dKL(p || q)/dl_v = p_v (log p_v - log q_v - KL), and dKL(q || p)/dl_v = p_v - q_v.
+    p, q = logp.detach().exp(), ref.exp()
+    kl = (p * (p / q).log()).sum()
+    return mean.item(), gradient, kl.item(), p * ((p / q).log() - kl), p - q
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_k1_and_k2_have_the_gradient_of_the_kl_on_policy_and_k3_that_of_the_reverse_one(seed):
+    for estimator in ("k1", "k2", "k3"):
+        mean, gradient, kl, of_kl, of_reverse = expected_kl(estimator, seed)
+        assert (of_kl - of_reverse).abs().max() > 0.01
+        torch.testing.assert_close(gradient, of_reverse if estimator == "k3" else of_kl, rtol=1e-9, atol=1e-12)
+        if estimator != "k2":  # k2's value is biased
+            assert mean == pytest.approx(kl, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(d=st.floats(-1000, 1000) | st.floats(-1e-6, 1e-6) | st.sampled_from([-1000.0, 0.0, 19.9, 20.0, 20.1, 1000.0]))
+def test_the_kl_gradient_always_points_to_the_reference(dtype, d):
+    logprobs = torch.zeros(1, dtype=dtype, requires_grad=True)
+    d = torch.tensor([d], dtype=dtype)
+    for estimator in ("k1", "k2", "k3"):
+        kl = kl_to_reference(logprobs, d, estimator)
+        (gradient,) = torch.autograd.grad(kl.sum(), logprobs)
+        assert kl.isfinite()
+        assert gradient.isfinite()
+        assert gradient.sign() == -d.sign()
+        assert kl >= 0 or estimator == "k1"
+
+
+def test_k3_goes_on_evenly_beyond_its_limit():
+    d = torch.tensor([20.0, 21.0, 25.0, 1000.0], dtype=torch.float64)
+    logprobs = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    kl = kl_to_reference(logprobs, d)
+    kl.sum().backward()
+    e = math.exp(20)
+    assert kl.tolist() == pytest.approx([e - 21, 2 * e - 22, 6 * e - 26, 981 * e - 1001], rel=1e-14)
+    assert logprobs.grad.tolist() == pytest.approx([1 - e] * 4, rel=1e-14)
