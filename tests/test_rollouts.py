@@ -248,3 +248,15 @@ def test_only_sampled_tokens_are_targets(masks):
     following = [batch.input_ids.tolist()[i + 1 :][:1] for i in batch.response_index.tolist()]
     for target, after in zip(expected, following, strict=True):
         assert after in ([target], [1], [])  # the row goes on with it, or with the next sequence's prompt
+
+
+def test_kept_groups_without_task_spread_change_no_advantage_of_the_others():
+    useful = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 0.5], [1, 3])]
+    settings = {**SETTINGS, "advantage": "batch_std", "shaping": Shaping(overlong_buffer=4)}
+    alone = advantages(build_phase(useful, minus_one, **settings))
+    kept = advantages(build_phase([*useful, group(2, [0.0, 0.0], [4, 8])], minus_one, **settings, no_spread="keep"))
+    assert kept == {**alone, 4: [0.0], 8: [0.0]}
+    # Shaped: 1, 0 - 0.25 and 0, 0.5; centred: +-0.625 and +-0.25.
+    deviation = ((2 * 0.625**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-6
+    expected = {2: 0.625, 5: -0.625, 1: -0.25, 3: 0.25}
+    assert alone == {n: [pytest.approx(a / deviation)] for n, a in expected.items()}
