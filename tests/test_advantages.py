@@ -77,3 +77,14 @@ def test_rewards_must_differ_by_more_than_the_tolerance():
     assert has_spread([0.0, math.nextafter(SPREAD_TOLERANCE, 1)])
     assert not has_spread([0.5, 0.5 + 0.9e-9, 0.5])
     assert has_spread([0.5, 0.5 + 1.1e-9, 0.5])
+
+
+def test_a_batch_of_two_completions_has_their_unbiased_deviation():
+    result = group_advantages(torch.tensor([[1.0, 0.0]]), "batch_std", spread=torch.tensor([True]))
+    assert result.tolist() == [pytest.approx([0.5 / (0.5**0.5 + 1e-6), -0.5 / (0.5**0.5 + 1e-6)], rel=1e-12)]
+
+
+def test_the_deviation_of_the_group_is_the_default():
+    spread = torch.tensor([True, True])
+    rewards = torch.tensor(REWARDS)
+    assert torch.equal(group_advantages(rewards, spread=spread), group_advantages(rewards, "group_std", spread=spread))

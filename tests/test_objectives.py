@@ -107,6 +107,10 @@ def test_flags_on_every_branch():
     _, clipped, dual = weigh(GRPO(dual_clip=3.0), ratio, [float(a) for a in advantages])
     assert clipped.tolist() == [False] * 4 + [True, True] + [False] * 6
     assert dual.tolist() == [False] * 9 + [True, False, False]
+    for objective in (ASPO(dual_clip=None), GRPO(), GRPOWithoutIS(), GRPOPositiveMean(), GSPO(0.2, 0.2 + 1e-12)):
+        _, clipped, dual = weigh(objective, ratio, [float(a) for a in advantages])
+        assert clipped.tolist() == [False] * 4 + [True, True] + [False] * 6
+        assert not dual.any()
     _, clipped, dual = weigh(CISPO(0.2, 0.2), ratio, [float(a) for a in advantages])
     assert clipped.tolist() == [True, True, False, False, True, True, False, False, True, True, False, False]
     assert not dual.any()
@@ -307,6 +311,7 @@ def test_kl_estimators(estimator, value, slope):
         (lambda: ASPO(entropy_quantile=1.5), "0 to 1"),
         (lambda: DAPO(high_entropy_clip_eps=-1.0), "high_entropy_clip_eps is -1.0"),
         (lambda: CISPO(clip_eps_high=-1.0), "clip_eps_high is -1.0"),
+        (lambda: CISPO(clip_eps_low=-1.0), "clip_eps_low is -1.0"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
