@@ -321,11 +321,9 @@ def segment_quantile(values: Tensor, sequence_index: Tensor, quantile: float) ->
     count = torch.bincount(sequence_index)
     start = count.cumsum(0) - count
     position = quantile * (count - 1).clamp(min=0).to(values.dtype)
-    below, last = position.floor().long(), (count - 1).clamp(min=0)
-    at = (start + below).clamp(max=len(ordered) - 1)
-    above = (start + torch.minimum(below + 1, last)).clamp(max=len(ordered) - 1)
-    result = torch.lerp(ordered[at], ordered[above], position - below)
-    return result[sequence_index]
+    below = start + position.floor().long()
+    above = (below + 1).clamp(max=len(ordered) - 1)  # in the next response only where its share is 0
+    return torch.lerp(ordered[below], ordered[above], position.frac())[sequence_index]
 
 
 def _reciprocal(ratio: Tensor) -> Tensor:

@@ -365,3 +365,14 @@ def test_k3_goes_on_evenly_beyond_its_limit():
     e = math.exp(20)
     assert kl.tolist() == pytest.approx([e - 21, 2 * e - 22, 6 * e - 26, 981 * e - 1001], rel=1e-14)
     assert logprobs.grad.tolist() == pytest.approx([1 - e] * 4, rel=1e-14)
+
+
+def test_segment_quantiles_at_the_ends():
+    values, index = (
+        torch.tensor([5.0, 1.0, 9.0, 7.0, 3.0]),
+        torch.tensor([0, 2, 4, 2, 5]),
+    )  # responses 1 and 3 are empty
+    assert segment_quantile(values, index, 0.0).tolist() == [5, 1, 9, 1, 3]
+    assert segment_quantile(values, index, 1.0).tolist() == [5, 7, 9, 7, 3]
+    assert segment_quantile(values, index, 0.25).tolist() == [5, 2.5, 9, 2.5, 3]
+    assert segment_quantile(values, index, 0.25).dtype == torch.float32

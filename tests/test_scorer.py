@@ -307,3 +307,27 @@ def test_a_soft_cap_of_the_model_is_the_scorers(tmp_path):
     assert model.softcap == 0.5
     expected = [x for prompt, completion in SEQUENCES for x in logits_by_hand(model, prompt, completion, 1.0)]
     assert model(MicroBatch.from_sequences(SEQUENCES))[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_bias_of_the_models_head_is_the_scorers(tmp_path):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    phi = PhiForCausalLM(PhiConfig(vocab_size=128, **settings))
+    phi.lm_head.bias.data = torch.linspace(-3, 3, 128)
+    phi.save_pretrained(tmp_path)
+    model = ScoredCausalLM.from_pretrained(str(tmp_path))
+    expected = [x for prompt, completion in SEQUENCES for x in logits_by_hand(model, prompt, completion, 1.0)]
+    assert model(MicroBatch.from_sequences(SEQUENCES))[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_without_a_completion_is_a_row_without_targets():
+    batch = MicroBatch.from_sequences([([5, 6], []), ([8, 9], [4])])
+    assert batch.input_ids.tolist() == [5, 6, 8, 9]
+    assert batch.position_ids.tolist() == [0, 1, 0, 1]
+    assert (batch.response_index.tolist(), batch.targets.tolist(), batch.sequence_index.tolist()) == ([3], [4], [1])
+
+
+def test_a_moved_micro_batch_is_all_on_its_device():
+    moved = MicroBatch.from_sequences(SEQUENCES).to("meta")
+    assert {getattr(moved, name).device.type for name in MicroBatch.__dataclass_fields__} == {"meta"}
