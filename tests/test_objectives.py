@@ -20,6 +20,7 @@ from aspo_lightning.objectives import (
     kl_to_reference,
     policy_loss,
     segment_quantile,
+    token_mean,
 )
 
 ALL = [ASPO(), GRPO(), DAPO(), GRPOWithoutIS(), GRPOPositiveMean(), CISPO(), GSPO(), REINFORCE()]
@@ -159,7 +160,8 @@ def test_adaptive_clip_range_follows_the_entropy_quantile_of_each_response():
     index = [0, 0, 0, 0, 0, 1, 1]  # 0.8 quantiles: 3.2, and 1 + 0.8 * 8 = 7.4
     high = [False, False, False, False, True, True, False]
     for r, a, kept_low, kept_high in [(1.3, 1.0, False, True), (1.5, 1.0, False, False), (0.7, -1.0, False, True)]:
-        for objective in (ASPO(high_entropy_clip_eps=0.4), GRPO(high_entropy_clip_eps=0.4)):
+        for kind in (ASPO, GRPO, GRPOWithoutIS, GRPOPositiveMean, GSPO):
+            objective = kind(0.2, 0.2, high_entropy_clip_eps=0.4)
             clipped = weigh(objective, [r] * 7, [a] * 7, index, entropy).clipped.tolist()
             assert clipped == [not (kept_high if h else kept_low) for h in high]
     with pytest.raises(ValueError, match="token_entropy"):
@@ -376,3 +378,31 @@ def test_segment_quantiles_at_the_ends():
     assert segment_quantile(values, index, 1.0).tolist() == [5, 7, 9, 7, 3]
     assert segment_quantile(values, index, 0.25).tolist() == [5, 2.5, 9, 2.5, 3]
     assert segment_quantile(values, index, 0.25).dtype == torch.float32
+
+
+def test_the_loss_hands_the_entropy_to_the_objective_and_gives_it_no_gradient():
+    entropy = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    logprobs = torch.full((5,), math.log(1.3)).requires_grad_()
+    loss, metrics = policy_loss(
+        GRPO(high_entropy_clip_eps=0.4),
+        logprobs,
+        torch.zeros(5),
+        torch.ones(5),
+        torch.ones(5),
+        sequence_index=torch.zeros(5, dtype=torch.long),
+        token_entropy=entropy,
+    )
+    loss.backward()
+    assert metrics["clip_fraction_positive"].value.item() == pytest.approx(4 / 5)
+    assert logprobs.grad.tolist() == pytest.approx([0, 0, 0, 0, -1.3])
+    assert entropy.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool])
+def test_a_mean_over_tokens_is_at_least_in_float32(dtype):
+    values = torch.tensor([1, 0, 1, 1]).to(dtype)
+    every, some = token_mean(values), token_mean(values, torch.tensor([True, True, False, False]))
+    assert (every.value.item(), every.tokens.item()) == (0.75, 4)
+    assert (some.value.item(), some.tokens.item()) == (0.5, 2)
+    assert every.value.dtype == some.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not token_mean(torch.ones(2, requires_grad=True)).value.requires_grad

@@ -331,3 +331,25 @@ def test_a_prompt_without_a_completion_is_a_row_without_targets():
 def test_a_moved_micro_batch_is_all_on_its_device():
     moved = MicroBatch.from_sequences(SEQUENCES).to("meta")
     assert {getattr(moved, name).device.type for name in MicroBatch.__dataclass_fields__} == {"meta"}
+
+
+def test_an_entropy_carries_gradient_only_where_asked():
+    hidden, weight, _, targets = head()
+    assert not token_logprobs(hidden, weight, targets)[1].requires_grad
+
+
+@pytest.mark.parametrize("sequences", [[], [([5, 6], [])], [([5], [6])]])
+def test_the_fields_of_a_micro_batch_keep_their_types(sequences):
+    values = {"advantages": [2], "loss_weights": [3], "generator_logprobs": [[-1]]} if sequences else {}
+    batch = MicroBatch.from_sequences(sequences, **values)
+    integers = {"input_ids", "position_ids", "response_index", "targets", "sequence_index"}
+    for name in MicroBatch.__dataclass_fields__:
+        assert getattr(batch, name).dtype == (torch.long if name in integers else torch.float32)
+
+
+def test_what_a_micro_batch_isnt_given_is_zero():
+    batch = MicroBatch.from_sequences([([5], [6, 7])])
+    for name in ("advantages", "loss_weights", "generator_logprobs", "old_logprobs", "ref_logprobs"):
+        assert getattr(batch, name).tolist() == [0, 0]
+    empty = MicroBatch.from_sequences([])
+    assert (empty.input_ids.tolist(), empty.position_ids.tolist()) == ([0], [0])
