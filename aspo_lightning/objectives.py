@@ -39,9 +39,6 @@ class TokenWeights(NamedTuple):
 class Objective(ABC):
     """A rule that turns ratios and advantages into token weights."""
 
-    needs_entropy: bool = False
-    """Whether ``token_weights`` has to be given ``token_entropy``."""
-
     @abstractmethod
     def token_weights(
         self, ratio: Tensor, advantages: Tensor, *, sequence_index: Tensor, token_entropy: Tensor | None = None
@@ -80,10 +77,6 @@ class TokenMask(Objective):
         _check_clip_range(self, "clip_eps_low", "clip_eps_high", "high_entropy_clip_eps")
         if not 0 <= self.entropy_quantile <= 1:
             raise ConfigError(f"{type(self).__name__}.entropy_quantile is {self.entropy_quantile}; allowed are 0 to 1.")
-
-    @property
-    def needs_entropy(self) -> bool:  # type: ignore[override]
-        return self.high_entropy_clip_eps is not None
 
     def keep(
         self, ratio: Tensor, advantages: Tensor, *, sequence_index: Tensor, token_entropy: Tensor | None
@@ -276,14 +269,30 @@ KLEstimator = Literal["k1", "k2", "k3"]
 def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k3") -> Tensor:
     """[N] estimates of KL(policy || reference) at each token, with gradient (Schulman, "Approximating KL divergence").
 
-    With d = log pi_ref - log pi:  k1 = -d,  k2 = d^2 / 2,  k3 = e^d - d - 1. The exponent is limited to 20.
+    With d = log pi_ref - log pi, and the mean over tokens that the policy itself sampled:
+
+    - ``k1``: -d. Its mean is the KL. Its own gradient is zero in the mean, so it has that of k2 (straight-through).
+    - ``k2``: d^2 / 2. Its mean isn't the KL; its gradient is, in the mean, exactly that of the KL.
+    - ``k3``: e^d - d - 1, the paper's. Its mean is the KL; its gradient is, in the mean, that of the reverse,
+      KL(reference || policy).
+
+    Nothing corrects for tokens that an older policy sampled: once the policy has moved within a phase, all are biased.
+    Beyond d = 20, e^d goes on as its tangent, so that k3 stays finite and its gradient keeps its sign.
+
+    Args:
+        logprobs: [N] of the policy, with gradient.
+        ref_logprobs: [N] of the reference.
     """
-    d = ref_logprobs - logprobs
+    d = (ref_logprobs - logprobs).detach()
     if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return d.square() / 2
-    return d.clamp(max=LOG_RATIO_LIMIT).exp() - d - 1
+        value, slope = -d, -d
+    elif estimator == "k2":
+        value, slope = d.square() / 2, -d
+    else:
+        bounded = d.clamp(max=LOG_RATIO_LIMIT)
+        slope = -bounded.expm1()  # by log pi
+        value = (-slope * (1 + d - bounded) - bounded).clamp(min=0)  # below 0 by rounding only
+    return value + slope * (logprobs - logprobs.detach())
 
 
 def token_mean(values: Tensor, where: Tensor | None = None) -> TokenMean:
@@ -312,11 +321,9 @@ def segment_quantile(values: Tensor, sequence_index: Tensor, quantile: float) ->
     count = torch.bincount(sequence_index)
     start = count.cumsum(0) - count
     position = quantile * (count - 1).clamp(min=0).to(values.dtype)
-    below, last = position.floor().long(), (count - 1).clamp(min=0)
-    at = (start + below).clamp(max=len(ordered) - 1)
-    above = (start + torch.minimum(below + 1, last)).clamp(max=len(ordered) - 1)
-    result = torch.lerp(ordered[at], ordered[above], position - below)
-    return result[sequence_index]
+    below = start + position.floor().long()
+    above = (below + 1).clamp(max=len(ordered) - 1)  # in the next response only where its share is 0
+    return torch.lerp(ordered[below], ordered[above], position.frac())[sequence_index]
 
 
 def _reciprocal(ratio: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from aspo_lightning.advantages import SPREAD_TOLERANCE, AdvantageEstimator, group_advantages
+from aspo_lightning.advantages import AdvantageEstimator, group_advantages, has_spread
 from aspo_lightning.batching import Averaging, Plan, loss_weights, plan_phase
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.metrics import accuracy, repetition_rate
@@ -121,8 +121,8 @@ def trained_sequences(
     if not groups:
         return []
     rewards = [[shaped_reward(r, shaping, max_completion_length) for r in g.rollouts] for g in groups]
-    spread = torch.tensor([[has_task_spread(g, shaping)] for g in groups])
-    advantages = (group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage) * spread).tolist()
+    spread = torch.tensor([has_task_spread(g, shaping) for g in groups])
+    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage, spread=spread).tolist()
     trained = [
         [
             TrainedSequence(group.prompt.prompt_ids, rollout, value)
@@ -154,8 +154,7 @@ def task_reward(rollout: Rollout, shaping: Shaping) -> float:
 
 def has_task_spread(group: RolloutGroup, shaping: Shaping) -> bool:
     """Whether its completions differ in task reward, before the overlong penalty. Without that it tells nothing."""
-    rewards = [task_reward(r, shaping) for r in group.rollouts]
-    return max(rewards) - min(rewards) > SPREAD_TOLERANCE
+    return has_spread([task_reward(r, shaping) for r in group.rollouts])
 
 
 def pack(

@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# For scripts/mutants.sh: an example that fails is all it wants.
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None, deadline=None)
 
 SLOW = ("test_faults", "test_fsdp", "test_servers", "test_evaluation")  # by file, the slowest first
 

@@ -76,3 +76,37 @@ def test_loss_weights_by_hand(averaging, expected):
 def test_empty_responses_are_in_no_denominator(averaging):
     full = loss_weights([2, 3], averaging, scale=1, max_completion_length=40)
     assert loss_weights([2, 0, 3], averaging, scale=1, max_completion_length=40)[::2] == full
+
+
+def test_ranks_wait_for_neighbours_in_snake_order():
+    plan = plan_phase([[9, 8, 7, 6, 5, 4]], optimizer_steps=1, world_size=2, token_budget=9)
+    assert plan.steps == [[[[0], [3], [4]], [[1], [2], [5]]]]
+
+
+@pytest.mark.parametrize(
+    ("averaging", "one_token", "none"),
+    [("token_mean", 3, 3), ("sequence_mean", 3, 3), ("sequence_sum", 3 / 40, 3 / 40)],
+)
+def test_the_smallest_denominators_are_of_one_sequence_and_one_token(averaging, one_token, none):
+    assert loss_weights([1], averaging, scale=3, max_completion_length=40) == [one_token]
+    assert loss_weights([0], averaging, scale=3, max_completion_length=40) == [none]
+    if averaging != "token_mean":
+        assert loss_weights([1, 5], averaging, scale=3, max_completion_length=40)[0] == one_token / 2
+
+
+def test_a_group_of_no_sequences_takes_no_place():
+    assert plan_phase([[], [3]], optimizer_steps=1, token_budget=10).steps == [[[[0]]]]
+
+
+def test_the_heaviest_are_placed_first_each_into_the_lightest_bin():
+    assert plan_phase([[1, 1, 1, 3]], optimizer_steps=1, token_budget=4).steps == [[[[3], [0, 1, 2]]]]
+
+
+def test_bins_are_dealt_by_falling_cost():
+    assert plan_phase([[5, 4, 3]], optimizer_steps=1, token_budget=7).steps == [[[[1, 2], [0]]]]
+
+
+def test_a_full_bin_is_passed_over_and_takes_what_still_fits():
+    # Costs 42, 20, 20, 12, 6, 2. The 3 finds the lighter bin (4, 4) full, the 2 fits into it, the 1 doesn't any more.
+    plan = plan_phase([[6, 4, 4, 3, 2, 1]], optimizer_steps=1, token_budget=10, quadratic_cost=1.0)
+    assert plan.steps == [[[[0, 3, 5], [1, 2, 4]]]]

@@ -103,3 +103,24 @@ def test_levels_rise_when_a_phase_is_solved_and_stop_at_the_last():
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("curriculum", [Shuffled(), PassRate(), RisingLevels()], ids=lambda c: type(c).__name__)
+def test_further_draws_depend_on_seed_epoch_and_attempt_alone(curriculum):
+    prompts = [prompt(i) for i in range(100)]
+    curriculum.draw(prompts, 10, epoch=0, seed=0)
+
+    def ids(epoch, seed, attempt):
+        return tuple(p.id for p in curriculum.draw_more(prompts, 10, epoch=epoch, seed=seed, attempt=attempt))
+
+    settings = [(0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2)]
+    assert len({ids(*s) for s in settings}) == 4
+    assert [ids(*s) for s in settings] == [ids(*s) for s in settings]
+
+
+def test_the_ends_of_the_settings():
+    assert (PassRate(smoothing=1, floor=1).smoothing, RisingLevels(threshold=1).threshold) == (1, 1)
+    for make in (lambda: PassRate(smoothing=1.5), lambda: PassRate(floor=1.5), lambda: RisingLevels(threshold=1.5)):
+        with pytest.raises(ConfigError, match="is 1.5; allowed are numbers above 0, up to 1"):
+            make()
+    assert (PassRate().smoothing, PassRate().floor, RisingLevels().threshold) == (0.5, 0.1, 0.7)

@@ -19,7 +19,8 @@ def gradient_by_hand(model: str, averaging: str) -> torch.Tensor:
     """ASPO + k3 + entropy bonus from the paper's equations, one sequence at a time, in float64."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     groups = make_groups()
-    advantages = group_advantages(torch.tensor([[r.reward for r in g.rollouts] for g in groups]))
+    rewards = torch.tensor([[r.reward for r in g.rollouts] for g in groups])
+    advantages = group_advantages(rewards, spread=torch.ones(len(groups), dtype=torch.bool))
     lengths = [len(r.completion_ids) for g in groups for r in g.rollouts]
     total = 0
     for g, group in enumerate(groups):

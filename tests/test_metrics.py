@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from aspo_lightning import metrics
 from aspo_lightning.metrics import interval, maj_at_k, pass_at_k, repetition_rate
+from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 
 
 @given(st.integers(1, 8), st.data())
@@ -63,3 +64,47 @@ def test_repetition_is_the_share_of_20_grams_already_seen():
     assert repetition_rate(" ".join(words + [w.upper() for w in words])) == pytest.approx(11 / 41)
     assert repetition_rate("a " * 19) == pytest.approx(0)
     assert repetition_rate("too short") == 0
+
+
+# For n = 6, t's quantiles at 5 degrees of freedom are -2.57058 (0.025) and -1.47588 (0.1) in tables; times sqrt(6 / 5),
+# these are normal quantiles for the shares below.
+@pytest.mark.parametrize(("level", "tail"), [(0.95, 0.0024318), (0.8, 0.0529661)])
+def test_an_interval_by_hand(level, tail):
+    values = [0.0, 0.125, 0.3, 0.55, 0.81, 1.0]
+    means = np.array(values)[np.random.default_rng(0).integers(0, 6, (10_000, 6))].mean(1)
+    expected = np.quantile(means, tail), np.quantile(means, 1 - tail)
+    assert interval(values, level) == pytest.approx(expected, abs=1e-6)
+    if level == 0.95:
+        assert interval(values) == interval(values, 0.95)
+
+
+def test_two_problems_have_an_interval():
+    assert interval([0.25, 0.75]) == (0.25, 0.75)
+
+
+def test_the_ends_of_k_are_allowed():
+    assert (pass_at_k(4, 1, 1), pass_at_k(4, 1, 4)) == (0.25, 1.0)
+    answers, solved = ["a", "b", "b", "c"], [True, False, False, False]
+    assert (maj_at_k(answers, solved, 1), maj_at_k(answers, solved, 4)) == (0.25, 0.0)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match="k is 1 to 4"):
+            pass_at_k(4, 1, k)
+        with pytest.raises(ValueError, match="k is 1 to 4"):
+            maj_at_k(answers, solved, k)
+
+
+def test_every_answer_is_solved_or_not():
+    with pytest.raises(ValueError, match="shorter"):
+        maj_at_k(["a", "b", "c"], [False, True], 2)
+
+
+def test_words_are_lower_case_and_split_on_single_spaces():
+    assert repetition_rate("A a b", n=1) == pytest.approx(1 / 3)
+    assert repetition_rate("a  b  c", n=1) == pytest.approx(1 / 5)  # the empty word twice
+    assert repetition_rate("\u00df ss", n=1) == 0  # the same in upper case
+
+
+def test_what_counts_as_a_full_solution():
+    rewards = [1.0, 1 - 1e-6, 1 - 2e-6, 0.5]
+    rollouts = tuple(Rollout((1,), (0.0,), False, "", reward) for reward in rewards)
+    assert metrics.accuracy([RolloutGroup(Prompt("p", (1,), "", {}, {}), rollouts)]) == 0.5

@@ -20,6 +20,7 @@ from aspo_lightning.objectives import (
     kl_to_reference,
     policy_loss,
     segment_quantile,
+    token_mean,
 )
 
 ALL = [ASPO(), GRPO(), DAPO(), GRPOWithoutIS(), GRPOPositiveMean(), CISPO(), GSPO(), REINFORCE()]
@@ -107,6 +108,10 @@ def test_flags_on_every_branch():
     _, clipped, dual = weigh(GRPO(dual_clip=3.0), ratio, [float(a) for a in advantages])
     assert clipped.tolist() == [False] * 4 + [True, True] + [False] * 6
     assert dual.tolist() == [False] * 9 + [True, False, False]
+    for objective in (ASPO(dual_clip=None), GRPO(), GRPOWithoutIS(), GRPOPositiveMean(), GSPO(0.2, 0.2 + 1e-12)):
+        _, clipped, dual = weigh(objective, ratio, [float(a) for a in advantages])
+        assert clipped.tolist() == [False] * 4 + [True, True] + [False] * 6
+        assert not dual.any()
     _, clipped, dual = weigh(CISPO(0.2, 0.2), ratio, [float(a) for a in advantages])
     assert clipped.tolist() == [True, True, False, False, True, True, False, False, True, True, False, False]
     assert not dual.any()
@@ -155,7 +160,8 @@ def test_adaptive_clip_range_follows_the_entropy_quantile_of_each_response():
     index = [0, 0, 0, 0, 0, 1, 1]  # 0.8 quantiles: 3.2, and 1 + 0.8 * 8 = 7.4
     high = [False, False, False, False, True, True, False]
     for r, a, kept_low, kept_high in [(1.3, 1.0, False, True), (1.5, 1.0, False, False), (0.7, -1.0, False, True)]:
-        for objective in (ASPO(high_entropy_clip_eps=0.4), GRPO(high_entropy_clip_eps=0.4)):
+        for kind in (ASPO, GRPO, GRPOWithoutIS, GRPOPositiveMean, GSPO):
+            objective = kind(0.2, 0.2, high_entropy_clip_eps=0.4)
             clipped = weigh(objective, [r] * 7, [a] * 7, index, entropy).clipped.tolist()
             assert clipped == [not (kept_high if h else kept_low) for h in high]
     with pytest.raises(ValueError, match="token_entropy"):
@@ -281,7 +287,7 @@ def test_metrics_are_means_over_tokens_of_each_sign():
 @pytest.mark.parametrize(
     ("estimator", "value", "slope"),
     [
-        ("k1", lambda d: -d, lambda d: 1.0),
+        ("k1", lambda d: -d, lambda d: -d),
         ("k2", lambda d: d * d / 2, lambda d: -d),
         ("k3", lambda d: math.exp(d) - d - 1, lambda d: 1 - math.exp(d)),
     ],
@@ -307,8 +313,96 @@ def test_kl_estimators(estimator, value, slope):
         (lambda: ASPO(entropy_quantile=1.5), "0 to 1"),
         (lambda: DAPO(high_entropy_clip_eps=-1.0), "high_entropy_clip_eps is -1.0"),
         (lambda: CISPO(clip_eps_high=-1.0), "clip_eps_high is -1.0"),
+        (lambda: CISPO(clip_eps_low=-1.0), "clip_eps_low is -1.0"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def expected_kl(estimator, seed):
+    """Value and gradient by the logits of an estimator's mean over the policy's own samples, all tokens enumerated."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, ref_logits = (2 * torch.randn(2, 11, dtype=torch.float64, generator=generator)).unbind()
+    logits.requires_grad_()
+    logp, ref = logits.log_softmax(0), ref_logits.log_softmax(0)
+    mean = (logp.detach().exp() * kl_to_reference(logp, ref, estimator)).sum()
+    (gradient,) = torch.autograd.grad(mean, logits)
+    # By hand: dKL(p || q)/dl_v = p_v (log p_v - log q_v - KL), and dKL(q || p)/dl_v = p_v - q_v.
+    p, q = logp.detach().exp(), ref.exp()
+    kl = (p * (p / q).log()).sum()
+    return mean.item(), gradient, kl.item(), p * ((p / q).log() - kl), p - q
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_k1_and_k2_have_the_gradient_of_the_kl_on_policy_and_k3_that_of_the_reverse_one(seed):
+    for estimator in ("k1", "k2", "k3"):
+        mean, gradient, kl, of_kl, of_reverse = expected_kl(estimator, seed)
+        assert (of_kl - of_reverse).abs().max() > 0.01
+        torch.testing.assert_close(gradient, of_reverse if estimator == "k3" else of_kl, rtol=1e-9, atol=1e-12)
+        if estimator != "k2":  # k2's value is biased
+            assert mean == pytest.approx(kl, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(d=st.floats(-1000, 1000) | st.floats(-1e-6, 1e-6) | st.sampled_from([-1000.0, 0.0, 19.9, 20.0, 20.1, 1000.0]))
+def test_the_kl_gradient_always_points_to_the_reference(dtype, d):
+    logprobs = torch.zeros(1, dtype=dtype, requires_grad=True)
+    d = torch.tensor([d], dtype=dtype)
+    for estimator in ("k1", "k2", "k3"):
+        kl = kl_to_reference(logprobs, d, estimator)
+        (gradient,) = torch.autograd.grad(kl.sum(), logprobs)
+        assert kl.isfinite()
+        assert gradient.isfinite()
+        assert gradient.sign() == -d.sign()
+        assert kl >= 0 or estimator == "k1"
+
+
+def test_k3_goes_on_evenly_beyond_its_limit():
+    d = torch.tensor([20.0, 21.0, 25.0, 1000.0], dtype=torch.float64)
+    logprobs = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    kl = kl_to_reference(logprobs, d)
+    kl.sum().backward()
+    e = math.exp(20)
+    assert kl.tolist() == pytest.approx([e - 21, 2 * e - 22, 6 * e - 26, 981 * e - 1001], rel=1e-14)
+    assert logprobs.grad.tolist() == pytest.approx([1 - e] * 4, rel=1e-14)
+
+
+def test_segment_quantiles_at_the_ends():
+    values, index = (
+        torch.tensor([5.0, 1.0, 9.0, 7.0, 3.0]),
+        torch.tensor([0, 2, 4, 2, 5]),
+    )  # responses 1 and 3 are empty
+    assert segment_quantile(values, index, 0.0).tolist() == [5, 1, 9, 1, 3]
+    assert segment_quantile(values, index, 1.0).tolist() == [5, 7, 9, 7, 3]
+    assert segment_quantile(values, index, 0.25).tolist() == [5, 2.5, 9, 2.5, 3]
+    assert segment_quantile(values, index, 0.25).dtype == torch.float32
+
+
+def test_the_loss_hands_the_entropy_to_the_objective_and_gives_it_no_gradient():
+    entropy = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    logprobs = torch.full((5,), math.log(1.3)).requires_grad_()
+    loss, metrics = policy_loss(
+        GRPO(high_entropy_clip_eps=0.4),
+        logprobs,
+        torch.zeros(5),
+        torch.ones(5),
+        torch.ones(5),
+        sequence_index=torch.zeros(5, dtype=torch.long),
+        token_entropy=entropy,
+    )
+    loss.backward()
+    assert metrics["clip_fraction_positive"].value.item() == pytest.approx(4 / 5)
+    assert logprobs.grad.tolist() == pytest.approx([0, 0, 0, 0, -1.3])
+    assert entropy.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool])
+def test_a_mean_over_tokens_is_at_least_in_float32(dtype):
+    values = torch.tensor([1, 0, 1, 1]).to(dtype)
+    every, some = token_mean(values), token_mean(values, torch.tensor([True, True, False, False]))
+    assert (every.value.item(), every.tokens.item()) == (0.75, 4)
+    assert (some.value.item(), some.tokens.item()) == (0.5, 2)
+    assert every.value.dtype == some.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not token_mean(torch.ones(2, requires_grad=True)).value.requires_grad

@@ -1,11 +1,17 @@
 """The phase of given groups: what is kept, shaped, weighed, packed and scored."""
 
+import json
+import math
+import os
+import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed as dist
 
 from aspo_lightning.batching import Plan
 from aspo_lightning.errors import ConfigError
@@ -16,6 +22,7 @@ from aspo_lightning.rollouts import (
     correct_mismatch,
     has_task_spread,
     held_out,
+    mismatch_metrics,
     pack,
     shaped_reward,
     trained_sequences,
@@ -248,3 +255,141 @@ def test_only_sampled_tokens_are_targets(masks):
     following = [batch.input_ids.tolist()[i + 1 :][:1] for i in batch.response_index.tolist()]
     for target, after in zip(expected, following, strict=True):
         assert after in ([target], [1], [])  # the row goes on with it, or with the next sequence's prompt
+
+
+def test_kept_groups_without_task_spread_change_no_advantage_of_the_others():
+    useful = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 0.5], [1, 3])]
+    settings = {**SETTINGS, "advantage": "batch_std", "shaping": Shaping(overlong_buffer=4)}
+    alone = advantages(build_phase(useful, minus_one, **settings))
+    kept = advantages(build_phase([*useful, group(2, [0.0, 0.0], [4, 8])], minus_one, **settings, no_spread="keep"))
+    assert kept == {**alone, 4: [0.0], 8: [0.0]}
+    # Shaped: 1, 0 - 0.25 and 0, 0.5; centred: +-0.625 and +-0.25.
+    deviation = ((2 * 0.625**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-6
+    expected = {2: 0.625, 5: -0.625, 1: -0.25, 3: 0.25}
+    assert alone == {n: [pytest.approx(a / deviation)] for n, a in expected.items()}
+
+
+def mismatched(*differences):
+    batch = MicroBatch.from_sequences([([1], [2] * len(differences))], generator_logprobs=[[-3.0] * len(differences)])
+    return replace(batch, old_logprobs=torch.tensor(differences) - 3)
+
+
+def test_the_mismatch_is_a_mean_and_a_maximum_over_the_tokens_of_all_micro_batches():
+    batches = [mismatched(0.5, -0.25), mismatched(-2.0), MicroBatch.from_sequences([])]
+    metrics = mismatch_metrics(batches)
+    assert metrics == {"mismatch/logprob_abs_mean": 2.75 / 3, "mismatch/logprob_abs_max": 2.0}
+    empty = mismatch_metrics([MicroBatch.from_sequences([])])
+    assert empty == {"mismatch/logprob_abs_mean": 0.0, "mismatch/logprob_abs_max": 0.0}
+    assert mismatch_metrics([mismatched(0.5)])["mismatch/logprob_abs_mean"] == 0.5
+
+
+def on_ranks(folder, world_size, function):
+    """What ``function(rank)`` gives, as JSON, on each of so many processes over gloo; forked, so without imports."""
+    children = []
+    for rank in range(world_size):
+        if child := os.fork():
+            children.append(child)
+            continue
+        status = 1
+        try:
+            settings = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=30)}
+            dist.init_process_group("gloo", f"file://{folder}/store", **settings)
+            (folder / f"{rank}.json").write_text(json.dumps(function(rank)))
+            status = 0
+        finally:
+            os._exit(status)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * world_size
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def test_the_mismatch_is_that_of_all_ranks(tmp_path):
+    shares = [[mismatched(0.5, -0.25), mismatched(-0.125)], [mismatched(-2.0)], [MicroBatch.from_sequences([])]]
+    found = on_ranks(tmp_path, 3, lambda rank: mismatch_metrics(shares[rank], 3))
+    assert found == [{"mismatch/logprob_abs_mean": 2.875 / 4, "mismatch/logprob_abs_max": 2.0}] * 3
+
+
+def test_ranks_share_a_phase_and_measure_all_of_it(tmp_path):
+    groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])]
+
+    def built(rank):
+        phase = build_phase(groups, minus_one, **{**SETTINGS, "token_budget": 8}, rank=rank, world_size=2)
+        return {
+            "targets": [len(b.targets) for b in phase],
+            "loss_weights": [sum(b.loss_weights.tolist()) for b in phase],
+            "mismatch": phase.metrics["mismatch/logprob_abs_mean"],
+        }
+
+    zero, one = on_ranks(tmp_path, 2, built)
+    assert (zero["targets"], one["targets"]) == ([5, 4], [2, 1])
+    assert zero["loss_weights"] == pytest.approx([2 * 5 / 7, 2 * 4 / 5])
+    assert one["loss_weights"] == pytest.approx([2 * 2 / 7, 2 * 1 / 5])
+    differences = [0.9, 0.8, 0.9, 0.8, 0.7, 0.6, 0.5, 0.9, 0.9, 0.8, 0.7, 0.6]
+    assert zero["mismatch"] == one["mismatch"] == pytest.approx(sum(differences) / 12, rel=1e-6)
+
+
+def test_a_renamed_prompt_is_the_same_problem():
+    assert prompt(0).renamed("other") == replace(prompt(0), id="other")
+
+
+def test_a_phase_may_take_all_prompts_and_a_step_for_each_group():
+    check_phase(8, 8, 8)
+
+
+def test_what_is_known_of_a_phase():
+    cut = replace(group(0, [1.0, 0.0], [20, 4]).rollouts[0], truncated=True, text="a " * 20 + "a")
+    failed = replace(group(0, [0.0], [5]).rollouts[0], failed=True, sampled=(True, True, False, False, True))
+    groups = [RolloutGroup(prompt(0), (cut, failed)), group(1, [0.5, 0.5], [2, 1])]
+    before = time.perf_counter()
+    phase = build_phase(groups, minus_one, **{**SETTINGS, "epoch": 7})
+    elapsed = time.perf_counter() - before
+    assert (phase.epoch, phase.groups) == (7, groups)
+    assert 0 < phase.metrics.pop("time/score_s") <= elapsed
+    assert phase.metrics == {
+        "rollout/reward": 0.5,
+        "rollout/accuracy": 0.25,
+        "rollout/length": (20 + 3 + 2 + 1) / 4,
+        "rollout/truncated_fraction": 0.25,
+        "rollout/repetition_rate": (1 / 2) / 4,  # of two 20-grams
+        "rollout/failed_rewards": 1.0,
+        "rollout/kept_groups": 1.0,
+        "mismatch/logprob_abs_mean": phase.metrics["mismatch/logprob_abs_mean"],
+        "mismatch/logprob_abs_max": phase.metrics["mismatch/logprob_abs_max"],
+    }
+
+
+@pytest.mark.parametrize(("settings", "sizes"), [({}, [2, 3]), ({"quadratic_cost": 1.0}, [1, 4])])
+def test_micro_batches_are_balanced_by_cost_within_the_budget(settings, sizes):
+    groups = [group(0, [1.0, 0.0, 0.0, 0.0, 0.0], [6, 2, 1, 1, 1])]  # 9, 5, 4, 4 and 4 tokens with the prompt
+    phase = build_phase(groups, minus_one, **{**SETTINGS, "token_budget": 17}, **settings)
+    assert phase.accumulate == 2
+    assert sorted(int(b.sequence_index.max()) + 1 for b in phase) == sizes
+
+
+def test_a_scorer_that_leaves_micro_batches_out_is_noticed():
+    with pytest.raises(ValueError, match="shorter"):
+        build_phase([group(0, [1.0, 0.0])], lambda batches: [], **SETTINGS)
+
+
+def test_a_phase_takes_the_settings_of_averaging_and_mismatch():
+    settings = {**SETTINGS, "averaging": "sequence_sum", "advantage": "group_mean"}
+    (plain,) = build_phase([group(0, [1.0, 0.0], [2, 5])], minus_one, **settings)
+    assert plain.loss_weights.tolist() == pytest.approx([1 / (2 * 8)] * 7)
+    bounds = {"mismatch_correction": "mask", "mismatch_bounds": (0.42, 0.5)}
+    (masked,) = build_phase([group(0, [1.0, 0.0], [2, 5])], minus_one, **settings, **bounds)
+    ratios = (masked.old_logprobs - masked.generator_logprobs).exp()  # e^-0.9 ... e^-0.5
+    expected = plain.advantages * ratios * ((ratios > 0.42) & (ratios < 0.5))
+    assert 0 < expected.count_nonzero() < 7
+    assert masked.advantages.tolist() == pytest.approx(expected.tolist())
+
+
+def test_advantages_are_computed_in_float64():
+    ((first, second),) = trained_sequences([group(0, [0.1, 0.7])], "group_mean", Shaping(), 8)
+    assert (first.advantage, second.advantage) == pytest.approx((-0.3, 0.3), rel=1e-15)
+
+
+def test_mismatches_are_bounded_and_the_bounds_belong_to_the_mask():
+    batch = replace(mismatched(-25.0, 25.0), advantages=torch.ones(2))
+    far = correct_mismatch(batch, "truncate", (0.0, 1e30)).advantages.tolist()
+    assert far == pytest.approx([math.exp(-20), math.exp(20)], rel=1e-5)
+    batch = replace(mismatched(0.0), advantages=torch.ones(1))
+    assert correct_mismatch(batch, "mask", (1.0, 1.0)).advantages.tolist() == [1.0]

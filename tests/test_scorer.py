@@ -5,7 +5,7 @@ import torch
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.matmul import matmul, use_fast_linears
-from aspo_lightning.scorer import ScoredCausalLM, token_logprobs
+from aspo_lightning.scorer import ScoredCausalLM, _chunk_size, token_logprobs
 from aspo_lightning.types import MicroBatch
 from tests.conftest import save_model
 
@@ -189,3 +189,167 @@ def test_a_head_it_does_not_know_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     with pytest.raises(ConfigError, match="LlamaForCausalLM computes its logits"):
         ScoredCausalLM.from_pretrained(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "size"),
+    [
+        (0, "cpu", 4096),
+        (1, "cpu", 4096),
+        (512, "cpu", 4096),
+        (1024, "cpu", 2048),
+        (3000, "cpu", 699),
+        (4096, "cpu", 512),
+        (10**6, "cpu", 512),
+        (10**6, "meta", 4096),
+    ],
+)
+def test_a_chunk_of_logits_fits_a_cpus_caches(tokens, device, size):
+    assert _chunk_size(tokens, torch.device(device)) == size
+
+
+def test_chunks_are_summed_in_float32():
+    hidden, weight, _, targets = head(v=3000, h=64, dtype=torch.bfloat16)
+    token_logprobs(hidden, weight, targets, chunk_size=10)[0].sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    plain(exact, weight.detach().double(), targets)[0].sum().backward()
+    error = (hidden.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < 0.005  # summed in bfloat16 it is 0.007
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
+def test_only_what_needs_a_gradient_gets_one(wanted):
+    hidden, weight, bias, targets = head(dtype=torch.bfloat16)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name == wanted)
+    token_logprobs(hidden, weight, targets, bias=bias, chunk_size=10)[0].sum().backward()
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    plain(exact["hidden"], exact["weight"], targets, bias=exact["bias"])[0].sum().backward()
+    torch.testing.assert_close(leaves[wanted].grad.double(), exact[wanted].grad, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 3.0])
+def test_temperatures_divide_logits_and_gradients(temperature):
+    hidden, weight, _, targets = head()
+    ours = token_logprobs(hidden, weight, targets, temperature=temperature)
+    expected = plain(hidden, weight, targets, temperature)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    grads, expected_grads = (torch.autograd.grad(x[0].square().sum(), [hidden, weight]) for x in (ours, expected))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-10, atol=1e-10)
+
+
+def test_by_default_a_model_is_loaded_whole_in_float32_and_ready_to_train(tiny_model):
+    model = ScoredCausalLM.from_pretrained(tiny_model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(".lora_" in name for name, _ in model.named_parameters())
+    assert model.training
+    assert model.lm.training
+    assert not model.lm.is_gradient_checkpointing
+    assert model.lm.config._attn_implementation == "sdpa"
+    assert (model.chunk_size, model.softcap) == (None, None)
+    logprobs, entropy = model(MicroBatch.from_sequences(SEQUENCES))
+    assert logprobs.requires_grad
+    assert not entropy.requires_grad
+    assert model(MicroBatch.from_sequences(SEQUENCES), entropy_grad=True)[1].requires_grad
+
+
+def test_what_is_asked_of_a_model_is_what_is_loaded(tiny_model):
+    model = ScoredCausalLM.from_pretrained(
+        tiny_model, dtype=torch.bfloat16, attn_implementation="eager", chunk_size=50, gradient_checkpointing=True
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.lm.config._attn_implementation == "eager"
+    assert model.chunk_size == 50
+    assert model.lm.is_gradient_checkpointing
+    for layer in model.lm.base_model.layers:
+        assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+
+
+def test_a_model_without_weights_is_on_the_meta_device_and_assumed_to_pack(tiny_model):
+    model = ScoredCausalLM.from_pretrained(tiny_model, weights=False, dtype=torch.bfloat16, lora_rank=2)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
+    assert model.lm.config._attn_implementation == "sdpa"
+    assert model.packs is True
+
+
+def test_adapters_have_the_rank_and_alpha_asked_for(tiny_model):
+    for settings, alpha in (({"lora_alpha": 8.0}, 8.0), ({}, 32.0)):
+        model = ScoredCausalLM.from_pretrained(tiny_model, lora_rank=2, **settings)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained) == 2 * 2 * 7  # A and B of the seven linear layers in each of two blocks
+        assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+        assert all(2 in p.shape for p in trained.values())
+        assert model.lm.base_model.layers[0].self_attn.q_proj.scaling == {"default": alpha / 2}
+
+
+def test_every_kind_of_dropout_is_set_to_zero(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = {"vocab_size": 128, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1}
+    GPT2LMHeadModel(GPT2Config(**settings, eos_token_id=1, resid_pdrop=0.3, embd_pdrop=0.2)).save_pretrained(tmp_path)
+    config = ScoredCausalLM.from_pretrained(str(tmp_path)).lm.config
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout) == (0, 0, 0, 0)
+    assert config.layer_norm_epsilon == 1e-5
+
+
+def test_a_soft_cap_of_the_model_is_the_scorers(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=128, head_dim=16, num_key_value_heads=1, final_logit_softcapping=0.5, **settings)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    model = ScoredCausalLM.from_pretrained(str(tmp_path))
+    assert model.softcap == 0.5
+    expected = [x for prompt, completion in SEQUENCES for x in logits_by_hand(model, prompt, completion, 1.0)]
+    assert model(MicroBatch.from_sequences(SEQUENCES))[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_bias_of_the_models_head_is_the_scorers(tmp_path):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    phi = PhiForCausalLM(PhiConfig(vocab_size=128, **settings))
+    phi.lm_head.bias.data = torch.linspace(-3, 3, 128)
+    phi.save_pretrained(tmp_path)
+    model = ScoredCausalLM.from_pretrained(str(tmp_path))
+    expected = [x for prompt, completion in SEQUENCES for x in logits_by_hand(model, prompt, completion, 1.0)]
+    assert model(MicroBatch.from_sequences(SEQUENCES))[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_without_a_completion_is_a_row_without_targets():
+    batch = MicroBatch.from_sequences([([5, 6], []), ([8, 9], [4])])
+    assert batch.input_ids.tolist() == [5, 6, 8, 9]
+    assert batch.position_ids.tolist() == [0, 1, 0, 1]
+    assert (batch.response_index.tolist(), batch.targets.tolist(), batch.sequence_index.tolist()) == ([3], [4], [1])
+
+
+def test_a_moved_micro_batch_is_all_on_its_device():
+    moved = MicroBatch.from_sequences(SEQUENCES).to("meta")
+    assert {getattr(moved, name).device.type for name in MicroBatch.__dataclass_fields__} == {"meta"}
+
+
+def test_an_entropy_carries_gradient_only_where_asked():
+    hidden, weight, _, targets = head()
+    assert not token_logprobs(hidden, weight, targets)[1].requires_grad
+
+
+@pytest.mark.parametrize("sequences", [[], [([5, 6], [])], [([5], [6])]])
+def test_the_fields_of_a_micro_batch_keep_their_types(sequences):
+    values = {"advantages": [2], "loss_weights": [3], "generator_logprobs": [[-1]]} if sequences else {}
+    batch = MicroBatch.from_sequences(sequences, **values)
+    integers = {"input_ids", "position_ids", "response_index", "targets", "sequence_index"}
+    for name in MicroBatch.__dataclass_fields__:
+        assert getattr(batch, name).dtype == (torch.long if name in integers else torch.float32)
+
+
+def test_what_a_micro_batch_isnt_given_is_zero():
+    batch = MicroBatch.from_sequences([([5], [6, 7])])
+    for name in ("advantages", "loss_weights", "generator_logprobs", "old_logprobs", "ref_logprobs"):
+        assert getattr(batch, name).tolist() == [0, 0]
+    empty = MicroBatch.from_sequences([])
+    assert (empty.input_ids.tolist(), empty.position_ids.tolist()) == ([0], [0])
