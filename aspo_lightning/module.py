@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
-from aspo_lightning.errors import ConfigError, refuse_null
+from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.models import resolve_model
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
@@ -73,7 +73,6 @@ class ASPOModule(LightningModule):
         lora_rank: int = 0,
         lora_alpha: float = 32.0,
     ) -> None:
-        refuse_null("model", ASPOModule, locals())
         super().__init__()
         if not 0 <= kl_coef < math.inf:
             raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
