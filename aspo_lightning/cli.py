@@ -55,9 +55,18 @@ from aspo_lightning.tasks import Task
 class Parser(LightningArgumentParser):
     """Reports a bad setting in one line."""
 
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Checks null like any other value, which jsonargparse leaves out; each class' settings have such a parser."""
+        super().validate(namespace, *args, **kwargs)  # first what is missing, which is null here as well
+        super().validate(namespace, *args, **{**kwargs, "skip_unset": False})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
-        if match := re.search(
+        # A class' settings have a parser of their own, whose message is in that of the parser above it.
+        if match := re.search(r'Parser key "([^"]+)".*?(?:([\w.]+) is null\.|value: None\b)', message):
+            key = ".".join(filter(None, match.groups()))
+            message = f"{key} is null. Give it a value, or leave it out for the default."
+        elif match := re.search(
             r'"(?:\w+\.)*(model\.objective|data\.(?:engine|train|val|curriculum))".*import path string: (\S+)', message
         ):
             key, name = match.groups()

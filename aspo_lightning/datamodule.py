@@ -16,7 +16,7 @@ from aspo_lightning.batching import Averaging
 from aspo_lightning.curriculum import Curriculum, Shuffled
 from aspo_lightning.engines import Generator, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
-from aspo_lightning.errors import ConfigError, refuse_null
+from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation import Results, measure
 from aspo_lightning.guards import Probe
 from aspo_lightning.identity import INCIDENTAL, describe, prompts_digest, weights_digest
@@ -131,7 +131,6 @@ class RolloutDataModule(LightningDataModule):
         reward_timeout_s: float = 5.0,
         seed: int = 0,
     ) -> None:
-        refuse_null("data", RolloutDataModule, locals())
         super().__init__()
         self.model_name_or_path = resolve_model(model_name_or_path)
         self.eval_group_sizes = sizes_by_task(eval_group_size, val or {})

@@ -34,8 +34,10 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         folder = Path(temporary) / target.name
         weights = {key: value.to(dtype or value.dtype) for key, value in full_weights(policy.lm)}
-        policy.lm.config.dtype = dtype or policy.lm.dtype
         policy.lm.save_pretrained(folder, state_dict=weights)
+        config = type(policy.lm.config).from_pretrained(name)  # the policy's own is without dropout
+        config.architectures, config.dtype = [type(policy.lm).__name__], dtype or policy.lm.dtype
+        config.save_pretrained(folder)
         load_tokenizer(name).save_pretrained(folder)
         folder.rename(target)
 

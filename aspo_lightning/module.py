@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
 from aspo_lightning.checkpoints import check_between_phases
-from aspo_lightning.errors import ConfigError, refuse_null
+from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.models import resolve_model
@@ -75,7 +75,6 @@ class ASPOModule(LightningModule):
         lora_rank: int = 0,
         lora_alpha: float = 32.0,
     ) -> None:
-        refuse_null("model", ASPOModule, locals())
         super().__init__()
         if not 0 < temperature < math.inf:
             raise ConfigError(

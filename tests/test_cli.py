@@ -277,6 +277,19 @@ BAD_INPUT = {
     "FSDP 1": (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp: use fsdp2"),
     "wrong type": (["--trainer.max_epochs", "many"], "many"),
 }
+NULLS = {
+    "data.group_size": [],
+    "data.engine.timeout_s": [],
+    "data.train.reward": [],
+    "data.curriculum.floor": ["--data.curriculum", "PassRate"],
+    "model.objective.clip_eps_low": [],
+    "model.optimizer.lr": [],
+    "non_finite.patience": [],
+    "checkpoint.save_top_k": [],
+    "trainer.callbacks.patience": ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "step"],
+    "data.engine": [],
+    "seed_everything": [],
+}
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
@@ -284,6 +297,31 @@ def test_bad_input_gets_one_clear_line(finished, name, monkeypatch):
     _, config, _ = finished
     args, message = BAD_INPUT[name]
     check_refused(aspo_here(monkeypatch, "fit", "--config", config, *args), message)
+
+
+@pytest.mark.parametrize("key", NULLS)
+def test_null_is_refused_wherever_a_value_is_needed(finished, key, monkeypatch):
+    _, config, _ = finished
+    line = aspo_here(monkeypatch, "fit", "--config", config, *NULLS[key], f"--{key}", "null")
+    assert line == f"aspo: error: {key} is null. Give it a value, or leave it out for the default."
+
+
+def test_null_is_taken_where_it_means_something(finished, monkeypatch, capsys):
+    _, config, _ = finished
+    keys = [
+        "data.engine.init_args.kv_cache_gib",
+        "model.objective.init_args.dual_clip",
+        "data.probe_factor",
+        "data.val",
+    ]
+    nulls = [argument for key in keys for argument in (f"--{key}", "null")]
+    assert aspo_here(monkeypatch, "fit", "--config", config, *nulls, "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for key in keys:
+        value = printed
+        for name in key.split("."):
+            value = value[name]
+        assert value is None
 
 
 def check_refused(line, message):

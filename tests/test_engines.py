@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from aspo_lightning.engines import SamplingRequest, TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.scorer import ScoredCausalLM
 from aspo_lightning.types import MicroBatch
+from aspo_lightning.weights import full_weights
 from tests.conftest import save_model, save_tokenizer
 
 PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 9, 40, 7)]  # one fills a block of the prefix cache
@@ -21,9 +23,35 @@ def untied_model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def model(request, tiny_model, untied_model):
-    return tiny_model if request.param == "tied" else untied_model
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A mixture of experts, which transformers keeps as one weight a layer and the hub as one an expert."""
+    folder = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=128,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["tiny_model", "untied_model", "mixture"])
+def model(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module", params=["vllm", "transformers"])
@@ -39,7 +67,7 @@ def engine(request, model):
 def policy(engine, model):
     """A scorer with the weights that the engine has."""
     policy = ScoredCausalLM.from_pretrained(model)
-    engine.sync_weights(policy.lm.named_parameters())
+    engine.sync_weights(full_weights(policy.lm))
     return policy
 
 
@@ -107,12 +135,22 @@ def test_after_a_sync_the_engine_samples_from_the_new_weights(engine, policy):
     with torch.no_grad():
         for parameter in policy.lm.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    engine.sync_weights(policy.lm.named_parameters())
+    unsynced = sample(engine)[1]
+    assert [c.completion_ids for c in unsynced] == [c.completion_ids for c in before]  # its weights are a copy
+    engine.sync_weights(full_weights(policy.lm))
     requests, completions = sample(engine)
     ours, theirs = scored(policy, requests, completions)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     stale, old = scored(policy, before_requests, before)
     assert (stale - old).abs().mean() > 0.1  # the new weights are really others
+
+
+def test_transformers_refuses_the_weights_of_another_model(tiny_model, untied_model):
+    engine = TransformersEngine()
+    engine.start(tiny_model, context_length=64)
+    other = ScoredCausalLM.from_pretrained(untied_model)
+    with pytest.raises(RuntimeError, match="aren't those of the engine's model"):
+        engine.sync_weights(w for w in full_weights(other.lm) if "norm" not in w[0])
 
 
 def test_a_batch_without_places_is_refused():

@@ -1,12 +1,14 @@
 """Sampling with plain transformers: slower than vLLM, but there wherever the trainer is."""
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
 from aspo_lightning.errors import ConfigError
@@ -97,9 +99,23 @@ class TransformersEngine(Generator):
         ]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        own = self._running().state_dict()
-        for name, tensor in named_tensors:
-            own[name].copy_(tensor)
+        lm: Any = self._running()
+        device = lm.device
+        lm.to("meta")  # frees the old weights
+        # Copies: they become the parameters. transformers brings the hub's names and shapes into its own on loading.
+        weights = {name: tensor.detach().to(device, copy=True) for name, tensor in named_tensors}
+        with no_progress_bars():
+            self._lm, misfits = type(lm).from_pretrained(
+                None,
+                config=lm.config,
+                state_dict=weights,
+                dtype=lm.dtype,
+                device_map=device,
+                output_loading_info=True,
+            )
+        self._running().generation_config = lm.generation_config  # has the end tokens
+        if any(misfits.values()):
+            raise RuntimeError(f"the policy's weights aren't those of the engine's model: {misfits}")
 
     def stop(self) -> None:
         self._lm = None
@@ -108,6 +124,18 @@ class TransformersEngine(Generator):
         if self._lm is None:
             raise RuntimeError("the engine has not been started")
         return self._lm
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keeps transformers quiet about loading."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sample(logits: Tensor, uniform: Tensor, requests: Sequence[SamplingRequest]) -> tuple[Tensor, Tensor]:
