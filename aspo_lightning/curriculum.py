@@ -1,10 +1,14 @@
 """Which prompts a phase samples. Draws are functions of (seed, epoch) and of state that checkpoints keep."""
 
+import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.metrics import accuracy
@@ -13,6 +17,9 @@ from aspo_lightning.types import Prompt, RolloutGroup
 
 class Curriculum(ABC):
     """Draws the prompts of each phase, and may learn from what became of them."""
+
+    def check(self, prompts: Sequence[Prompt], count: int) -> None:  # noqa: B027 - most draw from all prompts
+        """Raises ConfigError unless it can draw ``count`` of the prompts in every epoch."""
 
     @abstractmethod
     def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
@@ -33,15 +40,44 @@ class Curriculum(ABC):
         """Goes on from what ``state_dict`` gave."""
 
 
+def saved(curriculum: Curriculum) -> dict[str, Any]:
+    """A curriculum's state, with whose it is."""
+    return {"class": type(curriculum).__name__, "state": curriculum.state_dict()}
+
+
+def resume(curriculum: Curriculum, state: dict[str, Any]) -> None:
+    """Has a curriculum go on from what ``saved`` gave. It starts afresh from the state of another kind."""
+    name = type(curriculum).__name__
+    if state.get("class") == name:
+        curriculum.load_state_dict(state["state"])
+    else:
+        rank_zero_info(f"{name} starts afresh: the checkpoint's curriculum is {state.get('class', 'another')}")
+
+
 class Shuffled(Curriculum):
-    """All prompts in turn, in a new order each pass."""
+    """All prompts in turn, in a new order each pass. (One that refills a phase before its turn still has its turn.)"""
 
     def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
-        per_pass = max(1, len(prompts) // count)  # whole phases; the rest of a pass has its turn in another order
-        number, position = divmod(epoch, per_pass)
-        order = list(range(len(prompts)))
+        count = min(count, len(prompts))
+        order = itertools.chain.from_iterable(passes(len(prompts), count, seed))
+        return [prompts[i] for i in itertools.islice(order, epoch * count, (epoch + 1) * count)]
+
+
+def passes(size: int, count: int, seed: int) -> Iterator[list[int]]:
+    """The order of 0 to size - 1 in each pass, to be drawn ``count`` at a time.
+
+    A draw that begins in one pass and ends in the next has nothing twice.
+    """
+    begun: set[int] = set()  # what a pass leaves to a draw that ends in the next
+    for number in itertools.count():
+        order = list(range(size))
         random.Random(f"{seed}/{number}").shuffle(order)
-        return [prompts[i] for i in order[position * count : (position + 1) * count]]
+        if begun:
+            end = [i for i in order if i not in begun][: count - len(begun)]
+            ended = set(end)
+            order = end + [i for i in order if i not in ended]
+        yield order
+        begun = set(order[size - (number + 1) * size % count :])
 
 
 class PassRate(Curriculum):
@@ -91,6 +127,8 @@ class PassRate(Curriculum):
 class RisingLevels(Curriculum):
     """Starts with the prompts of the lowest level, and goes to the next one as soon as a phase is solved well enough.
 
+    Each level must have enough prompts for a phase.
+
     Args:
         threshold: accuracy of a phase that ends its level.
     """
@@ -101,6 +139,15 @@ class RisingLevels(Curriculum):
         self.threshold = threshold
         self.level = 0  # index into the sorted levels
         self._drawn = 0  # the level that the phase was drawn from
+
+    def check(self, prompts: Sequence[Prompt], count: int) -> None:
+        for level, size in sorted(Counter(p.level for p in prompts).items()):
+            if size < count:
+                raise ConfigError(
+                    f"Level {level} of the training task has {size} prompts, fewer than "
+                    f"data.prompts_per_phase {count}, and RisingLevels draws a phase from one level. Give it more, or "
+                    "lower prompts_per_phase."
+                )
 
     def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
         levels = sorted({p.level for p in prompts})

@@ -3,17 +3,17 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Annotated, Any, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from aspo_lightning.advantages import AdvantageEstimator
 from aspo_lightning.batching import Averaging
-from aspo_lightning.curriculum import Curriculum, Shuffled
+from aspo_lightning.curriculum import Curriculum, Shuffled, resume, saved
 from aspo_lightning.engines import Generator, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
@@ -31,10 +31,9 @@ from aspo_lightning.rollouts import (
     build_phase,
     check_phase,
     has_task_spread,
-    held_out,
 )
 from aspo_lightning.sampling import Sampling, sample_groups, sample_phase
-from aspo_lightning.tasks import Task
+from aspo_lightning.tasks import Task, without_held_out, without_long
 from aspo_lightning.types import Evaluation, MicroBatch, Prompt, RolloutGroup
 
 EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
@@ -60,7 +59,8 @@ class RolloutDataModule(LightningDataModule):
         model_name_or_path: the policy (set by ``model.model_name_or_path`` on the command line).
         train: where training prompts come from, by class name: Dataset, ReasoningGym, MultipleChoice, Mixture. None:
             nothing to train on, only to evaluate.
-        val: held-out tasks by the name they have in TensorBoard. Their prompts are taken out of ``train``.
+        val: held-out tasks by the name they have in TensorBoard. Their problems are taken out of ``train``, whatever
+            templates are around them.
         engine: what samples, by class name: VLLMEngine (None is one with its defaults), VLLMServers,
             TransformersEngine.
         curriculum: which prompts an epoch draws, by class name: Shuffled (None), PassRate, RisingLevels.
@@ -259,17 +259,19 @@ class RolloutDataModule(LightningDataModule):
         tasks = [*([self.train_task] if self.train_task else []), *self.val_tasks.values()]
         self.pool.load(f for task in tasks for f in sorted(task.functions()))
         self.tokenizer = load_tokenizer(self.model_name_or_path)
-        self.val_prompts = {name: self._prompts(task) for name, task in self.val_tasks.items()}
+        self.val_prompts = {name: self._prompts(task, f"data.val.{name}") for name, task in self.val_tasks.items()}
         if self.train_task:
-            self.train_prompts = held_out(self._prompts(self.train_task), self.val_prompts.values())
+            prompts = self._prompts(self.train_task, "data.train")
+            self.train_prompts = without_held_out(prompts, self.val_prompts.values())
             check_phase(len(self.train_prompts), self.prompts_per_phase, self.optimizer_steps)
+            self.curriculum.check(self.train_prompts, self.prompts_per_phase)
             if self.probe_factor is not None:
                 self.probe = Probe(config.vocab_size, self.context_length, self.sampling.temperature, self.probe_factor)
         size = self.engine.tensor_parallel_size
-        if size > 1 and any(p.environment for p in self.train_prompts):
+        if size > 1 and any(p.environment for p in chain(self.train_prompts, *self.val_prompts.values())):
             raise ConfigError(
                 "An environment's replies are made on each rank, and ranks that share an engine (tensor_parallel_size "
-                f"{size}) need the same ones. Set tensor_parallel_size to 1, or train without the environment."
+                f"{size}) need the same ones. Set tensor_parallel_size to 1, or leave the environment out of the tasks."
             )
 
     def train_dataloader(self) -> Phase:
@@ -308,12 +310,12 @@ class RolloutDataModule(LightningDataModule):
         self._started = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curriculum": self.curriculum.state_dict()}
+        return {"curriculum": saved(self.curriculum)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.train_task is None:
             return  # only evaluates
-        self.curriculum.load_state_dict(state_dict["curriculum"])
+        resume(self.curriculum, state_dict["curriculum"])
 
     def evaluate(self, name: str) -> Evaluation:
         """Samples and scores the held-out task ``name`` with the current policy."""
@@ -430,13 +432,8 @@ class RolloutDataModule(LightningDataModule):
             self.engine.sync_weights(self._policy.policy_weights())
         return time.perf_counter() - start
 
-    def _prompts(self, task: Task) -> list[Prompt]:
-        prompts = task.prompts(self.tokenizer)
-        short = [p for p in prompts if len(p.prompt_ids) <= self.max_prompt_length]
-        if len(short) < len(prompts):
-            dropped = len(prompts) - len(short)
-            rank_zero_info(f"Dropped {dropped} of {len(prompts)} prompts: over {self.max_prompt_length} tokens")
-        return short
+    def _prompts(self, task: Task, name: str) -> list[Prompt]:
+        return without_long(task.prompts(self.tokenizer), self.max_prompt_length, name)
 
 
 class _EvaluationLoader:

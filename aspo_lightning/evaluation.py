@@ -17,7 +17,7 @@ from torch import distributed as dist
 from aspo_lightning.checkpoints import write_text
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import differences
-from aspo_lightning.metrics import SOLVED, interval, maj_at_k, pass_at_k, repetition_rate
+from aspo_lightning.metrics import interval, maj_at_k, pass_at_k, repetition_rate
 from aspo_lightning.provenance import versions
 from aspo_lightning.types import RolloutGroup
 
@@ -40,7 +40,7 @@ def measure(groups: Sequence[RolloutGroup], further_k: Sequence[int] = ()) -> di
     (a share) of all completions.
     """
     samples = len(groups[0].rollouts)
-    problems = [([r.reward for r in g.rollouts], [r.answer for r in g.rollouts]) for g in groups]
+    problems = [([r.solved for r in g.rollouts], [r.answer for r in g.rollouts]) for g in groups]
     values = scores(problems, further_k)
     for name, of in (
         ("length", lambda r: r.sampled_length),
@@ -53,22 +53,21 @@ def measure(groups: Sequence[RolloutGroup], further_k: Sequence[int] = ()) -> di
 
 
 def scores(
-    problems: Sequence[tuple[Sequence[float], Sequence[str | None]]], further_k: Sequence[int] = ()
+    problems: Sequence[tuple[Sequence[bool], Sequence[str | None]]], further_k: Sequence[int] = ()
 ) -> dict[str, list[float]]:
-    """Of each problem, given the rewards and answers of its k completions; a full reward is a solution.
+    """Of each problem, given which of its k completions solve it, and what they answer.
 
     - avg@k: the share of solutions.
     - pass@k, maj@k: see ``metrics``; for that k, if it is more than 1, and for ``further_k``. maj@k only where the
       reward tells what a completion answers.
     """
     samples = len(problems[0][0])
-    solved = [[reward >= SOLVED for reward in rewards] for rewards, _ in problems]
-    values = {f"avg@{samples}": [sum(s) / samples for s in solved]}
+    values = {f"avg@{samples}": [sum(solved) / samples for solved, _ in problems]}
     voted = any(answer is not None for _, answers in problems for answer in answers)
     for k in sorted({*further_k, *([samples] if samples > 1 else [])}):
-        values[f"pass@{k}"] = [pass_at_k(samples, sum(s), k) for s in solved]
+        values[f"pass@{k}"] = [pass_at_k(samples, sum(solved), k) for solved, _ in problems]
         if voted:
-            values[f"maj@{k}"] = [maj_at_k(a, s, k) for (_, a), s in zip(problems, solved, strict=True)]
+            values[f"maj@{k}"] = [maj_at_k(answers, solved, k) for solved, answers in problems]
     return values
 
 
@@ -133,6 +132,7 @@ class Results:
                             {
                                 "id": g.prompt.id,
                                 "rewards": [r.reward for r in g.rollouts],
+                                "solved": [r.solved for r in g.rollouts],
                                 "answers": [r.answer for r in g.rollouts],
                             }
                             for g in groups

@@ -80,7 +80,7 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
     """Changes with any problem: its tokens, its row, how it is scored."""
     digest = hashlib.blake2b(digest_size=8)
     for p in prompts:
-        digest.update(repr((p.id, p.prompt_ids, sorted(p.rewards.items()), p.row, p.environment)).encode())
+        digest.update(repr((p.id, p.prompt_ids, list(p.rewards.items()), p.row, p.environment)).encode())
     return digest.hexdigest()
 
 

@@ -9,13 +9,11 @@ from scipy import special, stats
 
 from aspo_lightning.types import RolloutGroup
 
-SOLVED = 1.0 - 1e-6  # a task reward from here on is a full solution
-
 
 def accuracy(groups: Sequence[RolloutGroup]) -> float:
     """The share of all completions that are full solutions."""
     rollouts = [r for g in groups for r in g.rollouts]
-    return sum(r.reward >= SOLVED for r in rollouts) / len(rollouts)
+    return sum(r.solved for r in rollouts) / len(rollouts)
 
 
 def repetition_rate(text: str, n: int = 20) -> float:

@@ -89,7 +89,7 @@ def read_result(path: Path) -> dict[str, Any]:
     file = path / RESULT if path.is_dir() else path
     try:
         result: dict[str, Any] = json.loads(file.read_text())
-        result["settings"]["benchmarks"], result["benchmarks"]
+        result["settings"]["benchmarks"], [p["solved"] for b in result["benchmarks"].values() for p in b["problems"]]
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path} holds no {RESULT}: that evaluation isn't finished. Run it again to go on."
@@ -138,7 +138,7 @@ def within_chance(first: Mapping[str, Any], other: Mapping[str, Any], name: str,
     if len(prompts) > 1 or not all(key in benchmark["measurements"] for benchmark in both):
         return False
     k = int(key.rpartition("@")[2])
-    before, after = (scores([(p["rewards"], p["answers"]) for p in b["problems"]], [k])[key] for b in both)
+    before, after = (scores([(p["solved"], p["answers"]) for p in b["problems"]], [k])[key] for b in both)
     low, high = interval([y - x for x, y in zip(before, after, strict=True)])
     return low <= 0 <= high
 

@@ -5,7 +5,7 @@ Engine-agnostic, and free of Lightning. Every rank holds the whole phase.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from aspo_lightning.advantages import AdvantageEstimator, group_advantages, has_
 from aspo_lightning.batching import Averaging, Plan, loss_weights, plan_phase
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.metrics import accuracy, repetition_rate
-from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
+from aspo_lightning.types import MicroBatch, Rollout, RolloutGroup
 
 Scorer = Callable[[Sequence[MicroBatch]], list[tuple[Tensor, Tensor]]]
 """(old_logprobs[N], ref_logprobs[N]) of each micro-batch, on the CPU."""
@@ -250,9 +250,3 @@ def check_phase(prompts: int, prompts_per_phase: int, optimizer_steps: int) -> N
             f"data.optimizer_steps is {optimizer_steps}, more than data.prompts_per_phase {prompts_per_phase}; each "
             "step needs at least one group."
         )
-
-
-def held_out(prompts: Sequence[Prompt], evaluations: Iterable[Sequence[Prompt]]) -> list[Prompt]:
-    """The prompts that are in none of the evaluations, compared by their tokens."""
-    taken = {p.prompt_ids for evaluation in evaluations for p in evaluation}
-    return [p for p in prompts if p.prompt_ids not in taken]

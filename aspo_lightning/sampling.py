@@ -139,7 +139,7 @@ def _score(
 ) -> list[Rollout]:
     """The episodes with their scores. What is judged is the last turn: an environment's replies may hold answers."""
     known: list[dict[str, Any]] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
-    todo = [i for i, record in enumerate(known) if "reward" not in record]
+    todo = [i for i, record in enumerate(known) if "solved" not in record]
     step = SCORED_AT_ONCE if journal else max(1, len(todo))
     for first in range(0, len(todo), step):
         part = todo[first : first + step]
@@ -150,8 +150,8 @@ def _score(
             calls = [Call(f"{next(iter(e.prompt.rewards))}:answer", e.turns[-1], e.prompt.row) for e in judged]
             answers = [result.value for result in pool.run(calls, "answers")]
         for i, episode, score, answer in zip(part, judged, scores, answers, strict=True):
-            failed = episode.failed or score.failed
-            known[i] = {"reward": 0.0 if episode.failed else score.reward, "failed": failed, "answer": answer}
+            reward, solved, failed = (0.0, False, True) if episode.failed else score
+            known[i] = {"reward": reward, "solved": solved, "failed": failed, "answer": answer}
             if journal:
                 journal.add(episode.prompt.id, episode.sample, **known[i])
     return [
@@ -161,6 +161,7 @@ def _score(
             e.truncated,
             _decode(tokenizer, e.ids),
             record["reward"],
+            record["solved"],
             record["failed"],
             None if all(e.sampled) else tuple(e.sampled),
             record["answer"],

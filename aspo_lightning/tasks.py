@@ -5,12 +5,14 @@ import hashlib
 import json
 import math
 import random
+import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.errors import ConfigError
@@ -25,7 +27,7 @@ class Task(ABC):
 
     Args:
         reward: import path of ``reward(completion: str, row: dict) -> float``, where 1.0 is a full solution; or a
-            mapping of several to their weights.
+            mapping of several to their weights, of which the first tells what is solved, and what is answered.
         environment: import path of ``environment(turns: list[str], row: dict) -> str | None``, which answers the
             model's turns so far, or ends the episode with None. Without one, a completion is one turn.
         system_prompt: put before each problem. None leaves it to the chat template.
@@ -33,6 +35,9 @@ class Task(ABC):
             that the model continues.
         thinking: switches the thinking mode of a chat template that has one (Qwen3). None leaves it to the template.
     """
+
+    template = "{question}"
+    """What the model is asked; ``{question}`` stands for the problem's text."""
 
     def __init__(
         self,
@@ -55,27 +60,34 @@ class Task(ABC):
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Yields (id, question, row); ids are unique and stable. ``row["level"]`` is its level, if the task has levels.
 
+        The question is the problem's text, without the template.
+
         Raises:
             ConfigError: for a row that can't be used; the message says which.
         """
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-        """The problems, ready to be sampled from."""
+        """The problems, ready to be sampled from. Of rows that make the same prompt the first is kept."""
         chat = self.chat and tokenizer.chat_template is not None
         before_reply, after_reply = self._reply_frame(tokenizer, chat) if self.environment else ("", "")
-        prompts = []
+        prompts, texts, repeats = [], set(), 0
         for id, question, row in self.rows():
+            text = self.template.replace("{question}", question)
             if chat:
-                text = self._render(tokenizer, [{"role": "user", "content": question}])
-                ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
-            else:
-                text = f"{self.system_prompt}\n\n{question}" if self.system_prompt else question
-                ids = tokenizer(text).input_ids
+                text = self._render(tokenizer, [{"role": "user", "content": text}])
+            elif self.system_prompt:
+                text = f"{self.system_prompt}\n\n{text}"
+            if text in texts:
+                repeats += 1
+                continue
+            texts.add(text)
+            ids = tokenizer(text, add_special_tokens=not chat).input_ids  # a template wrote the special tokens itself
             prompts.append(
                 Prompt(
                     id,
                     tuple(ids),
                     text,
+                    question,
                     self.rewards,
                     row,
                     level=row["level"] if self.has_levels else 0,
@@ -84,6 +96,7 @@ class Task(ABC):
                     after_reply=after_reply,
                 )
             )
+        tell_dropped(len(prompts) + repeats, len(prompts), "the same as an earlier one")
         return prompts
 
     def functions(self) -> set[str]:
@@ -219,7 +232,7 @@ class Dataset(Task):
             if id in seen:
                 raise ConfigError(f"{where} has the id {id!r}, which {seen[id]} has too. Ids must be unique.")
             seen[id] = where
-            yield id, self.template.replace("{question}", question), row
+            yield id, question, row
         if not seen:
             inside = "".join(f" with {key} from {low} to {high}" for key, (low, high) in self.between.items())
             raise ConfigError(f"{self.path} has no rows{inside}: an empty task. A task needs at least one row.")
@@ -339,7 +352,7 @@ class MultipleChoice(Dataset):
 
 
 class Mixture(Task):
-    """Several tasks together.
+    """Several tasks together. A prompt that several of them have is the first one's.
 
     Args:
         tasks: by a name that goes before their ids.
@@ -362,10 +375,16 @@ class Mixture(Task):
                 yield f"{name}/{id}", question, row
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-        mixed = []
+        mixed: list[Prompt] = []
+        taken: set[tuple[int, ...]] = set()
         for name, task in self.tasks.items():
-            prompts = [p.renamed(f"{name}/{p.id}") for p in task.prompts(tokenizer)]
             weight = self.weights.get(name, 1.0)
+            if not weight:
+                continue
+            found = task.prompts(tokenizer)
+            prompts = [p.renamed(f"{name}/{p.id}") for p in found if p.prompt_ids not in taken]
+            tell_dropped(len(found), len(prompts), f"{name} shares them with tasks before it in the mixture")
+            taken.update(p.prompt_ids for p in prompts)
             whole = int(weight)
             for turn in range(whole):
                 mixed += [p.renamed(f"{p.id}#{turn}") if turn else p for p in prompts]
@@ -375,6 +394,40 @@ class Mixture(Task):
 
     def functions(self) -> set[str]:
         return {function for task in self.tasks.values() for function in task.functions()}
+
+
+def without_held_out(prompts: Sequence[Prompt], evaluations: Iterable[Sequence[Prompt]]) -> list[Prompt]:
+    """The prompts whose problem is in none of the evaluations, whatever template or system prompt is around it."""
+    taken = {" ".join(words(p.question)) for evaluation in evaluations for p in evaluation}
+    left = [p for p in prompts if " ".join(words(p.question)) not in taken]
+    tell_dropped(len(prompts), len(left), "their problems are held out for evaluation")
+    return left
+
+
+def without_long(prompts: Sequence[Prompt], most: int, task: str) -> list[Prompt]:
+    """The prompts of at most so many tokens. Raises ConfigError, which names the task, if there are none."""
+    short = [p for p in prompts if len(p.prompt_ids) <= most]
+    tell_dropped(len(prompts), len(short), f"over {most} tokens")
+    if not short:
+        lengths = [len(p.prompt_ids) for p in prompts]
+        raise ConfigError(
+            f"All {len(prompts)} prompts of {task} are over data.max_prompt_length {most}: the shortest has "
+            f"{min(lengths)} tokens. Raise it."
+            if lengths
+            else f"{task} has no prompts: an empty task. A task needs at least one."
+        )
+    return short
+
+
+def tell_dropped(count: int, kept: int, why: str) -> None:
+    """Shows how many of ``count`` prompts go."""
+    if kept < count:
+        rank_zero_info(f"Dropped {count - kept} of {count} prompts: {why}")
+
+
+def words(question: str) -> list[str]:
+    """The words and signs of a problem's text. Case, white space and the spacing of punctuation make no difference."""
+    return re.findall(r"[a-z0-9]+|[^\sa-z0-9]", question.lower())
 
 
 def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterator[tuple[str, int, dict[str, Any]]]:

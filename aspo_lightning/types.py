@@ -17,6 +17,8 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     text: str
     """What ``prompt_ids`` decode to, chat template included."""
+    question: str
+    """The problem itself, before any template: by it a problem is known again in another task."""
     rewards: Mapping[str, float]
     """Import paths of the functions that score a completion, ``reward(completion: str, row: dict) -> float``, and
     their weights."""
@@ -54,7 +56,9 @@ class Rollout(Completion):
 
     text: str
     reward: float
-    """Task reward, 1.0 for a full solution."""
+    """Task reward: the weighted sum of its rewards."""
+    solved: bool
+    """Whether it is a full solution, by the first of its rewards."""
     failed: bool = False
     """The reward function hung, crashed or raised; ``reward`` is then 0."""
     sampled: tuple[bool, ...] | None = None

@@ -8,19 +8,19 @@ Killed and started again with the same arguments it goes on, and writes the same
 import hashlib
 import json
 import os
-import re
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasketch import MinHash, MinHashLSH
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.models import load_tokenizer
-from aspo_lightning.tasks import Dataset, read_rows
+from aspo_lightning.tasks import Dataset, read_rows, words
 
 SAVE_EVERY = 500  # rows
 SHINGLE = 3  # words
@@ -29,28 +29,38 @@ SHINGLE = 3  # words
 class Duplicates:
     """Knows the questions seen so far, by their words.
 
-    Near is an (estimated) Jaccard similarity of at least ``near`` between the sets of word triples.
+    Near is a Jaccard similarity of at least ``near`` between the sets of word triples. LSH finds the candidates.
     """
 
     def __init__(self, near: float) -> None:
+        self.near = near
         self.exact: set[bytes] = set()
-        self.lsh = MinHashLSH(threshold=near, num_perm=128) if near < 1 else None
+        self.shingles: list[np.ndarray] = []
+        self.lsh = MinHashLSH(near, 128, weights=(0.1, 0.9)) if near < 1 else None
 
     def add(self, question: str) -> str | None:
         """Why the question is a duplicate; None, and it is remembered, if it is new."""
-        words = re.findall(r"[a-z0-9]+|[^\sa-z0-9]", question.lower())
-        key = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
+        found = words(question)
+        key = hashlib.blake2b(" ".join(found).encode(), digest_size=16).digest()
         if key in self.exact:
             return "exact duplicate"
         self.exact.add(key)
         if self.lsh is not None:
+            texts = {" ".join(found[i : i + SHINGLE]).encode() for i in range(max(1, len(found) - SHINGLE + 1))}
             signature = MinHash(num_perm=128)
-            shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-            signature.update_batch([s.encode() for s in shingles])
-            if self.lsh.query(signature):
+            signature.update_batch(list(texts))
+            hashes = np.array([int.from_bytes(hashlib.blake2b(t, digest_size=8).digest()) for t in texts], np.uint64)
+            if any(jaccard(hashes, self.shingles[i]) >= self.near for i in self.lsh.query(signature)):
                 return "near duplicate"
-            self.lsh.insert(len(self.exact), signature)
+            self.lsh.insert(len(self.shingles), signature)
+            self.shingles.append(hashes)
         return None
+
+
+def jaccard(one: np.ndarray, other: np.ndarray) -> float:
+    """The similarity of two sets: how much of what is in either is in both."""
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return both / (len(one) + len(other) - both)
 
 
 def main(

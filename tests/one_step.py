@@ -35,8 +35,8 @@ def make_groups():
         for s in range(4):
             length = 1 + (5 * g + 7 * s) % MAX_LENGTH
             ids = tuple(5 + (11 * g + 17 * s + 3 * t) % 100 for t in range(length))
-            rollouts.append(Rollout(ids, (-1.0,) * length, False, "", float((g + s) % 3)))
-        prompt = Prompt(f"p{g}", tuple(6 + (g + 13 * t) % 90 for t in range(2 + g % 3)), "", {}, {})
+            rollouts.append(Rollout(ids, (-1.0,) * length, False, "", float((g + s) % 3), False))
+        prompt = Prompt(f"p{g}", tuple(6 + (g + 13 * t) % 90 for t in range(2 + g % 3)), "", "", {}, {})
         groups.append(RolloutGroup(prompt, tuple(rollouts)))
     return groups
 

@@ -34,7 +34,7 @@ def live(id, date, starter="", tests=(("1 2\n", "3\n"),), kind="stdin", metadata
     cases = [{"input": given, "output": expected, "testtype": kind} for given, expected in tests]
     return {
         "question_title": "Sum",
-        "question_content": "Print the sum of two numbers.",
+        "question_content": f"Print the sum of two numbers. ({id})",
         "platform": "atcoder",
         "question_id": id,
         "contest_id": "abc1",

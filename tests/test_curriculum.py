@@ -6,28 +6,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspo_lightning.curriculum import PassRate, RisingLevels, Shuffled
+from aspo_lightning.curriculum import PassRate, RisingLevels, Shuffled, resume, saved
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 
 
 def prompt(i, level=0):
-    return Prompt(f"p{i}", (1,), "", {}, {}, level=level)
+    return Prompt(f"p{i}", (1,), "", "", {}, {}, level=level)
 
 
 def group(prompt, *rewards):
-    return RolloutGroup(prompt, tuple(Rollout((1,), (0.0,), False, "", r) for r in rewards))
+    return RolloutGroup(prompt, tuple(Rollout((1,), (0.0,), False, "", r, r == 1) for r in rewards))
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 50))
-def test_shuffled_goes_through_all_prompts_without_repeats_in_a_pass(size, count, seed):
+def test_shuffled_draws_every_prompt_before_any_is_drawn_again(size, count, seed):
     prompts = [prompt(i) for i in range(max(size, count))]
-    phases = len(prompts) // count
-    for number in range(2):
-        epochs = range(number * phases, (number + 1) * phases)
-        drawn = [p.id for epoch in epochs for p in Shuffled().draw(prompts, count, epoch=epoch, seed=seed)]
-        assert max(Counter(drawn).values()) == 1
-        assert len(drawn) == phases * count
+    drawn = Counter({p.id: 0 for p in prompts})
+    orders = []
+    for epoch in range(3 * len(prompts) // count + 1):
+        ids = [p.id for p in Shuffled().draw(prompts, count, epoch=epoch, seed=seed)]
+        assert len(set(ids)) == len(ids) == count
+        drawn.update(ids)
+        assert max(drawn.values()) - min(drawn.values()) <= 1
+        orders += ids
+    if len(prompts) > 20:
+        assert orders[: len(prompts)] != orders[len(prompts) : 2 * len(prompts)]
+
+
+def test_a_pass_of_64_out_of_100_goes_on_where_it_stopped():
+    prompts = [prompt(i) for i in range(100)]
+    first, second = ({p.id for p in Shuffled().draw(prompts, 64, epoch=e, seed=0)} for e in (0, 1))
+    assert first | second == {p.id for p in prompts}
 
 
 @pytest.mark.parametrize("curriculum", [Shuffled(), PassRate(), RisingLevels()], ids=lambda c: type(c).__name__)
@@ -90,6 +100,34 @@ def test_levels_rise_when_a_phase_is_solved_and_stop_at_the_last():
     for _ in range(3):
         curriculum.update([group(prompts[0], 1.0)])
     assert level() == 5
+
+
+def test_a_level_too_small_for_a_phase_is_refused():
+    prompts = [prompt(i, level) for level, size in ((0, 8), (3, 7)) for i in range(10 * level, 10 * level + size)]
+    RisingLevels().check(prompts, 7)
+    Shuffled().check(prompts, 8)
+    with pytest.raises(ConfigError, match=r"Level 3 .* has 7 prompts, fewer than data.prompts_per_phase 8") as error:
+        RisingLevels().check(prompts, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_curriculum_goes_on_from_its_own_state_and_starts_afresh_from_anothers(caplog):
+    learned = PassRate()
+    learned.update([group(prompt(0), 1.0, 0.0)])
+    other = PassRate()
+    resume(other, saved(learned))
+    assert other.rates == {"p0": 0.5}
+    with caplog.at_level("INFO"):
+        resume(other, saved(learned))
+        assert not caplog.messages
+        for curriculum, state in ((PassRate(), saved(Shuffled())), (RisingLevels(), saved(learned)), (PassRate(), {})):
+            resume(curriculum, state)
+            assert curriculum.state_dict() == type(curriculum)().state_dict()
+    assert caplog.messages == [
+        "PassRate starts afresh: the checkpoint's curriculum is Shuffled",
+        "RisingLevels starts afresh: the checkpoint's curriculum is PassRate",
+        "PassRate starts afresh: the checkpoint's curriculum is another",
+    ]
 
 
 @pytest.mark.parametrize(

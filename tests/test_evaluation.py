@@ -32,9 +32,9 @@ SETTINGS = {"seed": 0, "benchmarks": {"sums": {"samples": 2}}}
 
 
 def group(i, rewards, answers, lengths):
-    prompt = Prompt(f"p{i}", (5, 6), "?", {"x.reward": 1.0}, {})
+    prompt = Prompt(f"p{i}", (5, 6), "?", "?", {"x.reward": 1.0}, {})
     rollouts = tuple(
-        Rollout((7,) * n, (-1.0,) * n, n == 9, "a b", reward, reward < 0, answer=answer)
+        Rollout((7,) * n, (-1.0,) * n, n == 9, "a b", reward, reward == 1, answer=answer)
         for reward, answer, n in zip(rewards, answers, lengths, strict=True)
     )
     return RolloutGroup(prompt, rollouts)
@@ -166,6 +166,7 @@ def test_a_checkpoint_scores_as_in_training_and_as_its_exported_folder(trained, 
     problems = results[0]["benchmarks"]["sums"]["problems"]
     assert [p["id"] for p in problems] == [f"many.jsonl/{i}" for i in range(1, 25)]
     assert all(len(p["rewards"]) == 4 for p in problems)
+    assert all(p["solved"] == [reward == 1 for reward in p["rewards"]] for p in problems)
     assert 0 < sum(sum(p["rewards"]) for p in problems) < 96
     before = json.loads((run / "eval" / "step_000000" / RESULT).read_text())
     assert before["settings"]["weights"] != results[0]["settings"]["weights"]

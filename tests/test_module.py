@@ -95,7 +95,7 @@ def test_a_phase_that_tells_nothing_changes_nothing(tiny_model):
     module = ASPOModule(tiny_model, optimizer=adam(1e-2))
     module.configure_model()
     before = {name: p.clone() for name, p in module.policy.state_dict().items()}
-    rollouts = (Rollout((7, 8), (-1.0, -1.0), False, "", 1.0),) * 2
+    rollouts = (Rollout((7, 8), (-1.0, -1.0), False, "", 1.0, True),) * 2
     fit(module, Phases([RolloutGroup(make_groups()[0].prompt, rollouts)]))
     assert all(torch.equal(p, before[name]) for name, p in module.policy.state_dict().items())
 

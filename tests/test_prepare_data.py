@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SCRIPT = str(Path(__file__).parent.parent / "scripts" / "prepare_data.py")
 
 LONG = "A train leaves the station at noon and travels at sixty miles per hour for three hours, how far does it get"
@@ -61,6 +63,21 @@ def test_what_goes_and_why(tmp_path, tiny_model):
     other = prepare(*columns, "--out", str(out))
     assert "was begun with other values of drop_if" in other.stderr
     assert "Traceback" not in again.stderr + other.stderr
+
+
+@pytest.mark.parametrize(("near", "fewest", "most"), [(0.8, 0, 2), (0.87, 60, 60)])
+def test_near_duplicates_are_as_near_as_asked(tmp_path, near, fewest, most):
+    """Pairs of 40 word triples each, 37 of them the same: a similarity of 37 / 43 = 0.86."""
+    rows = []
+    for t in range(60):
+        base = [f"{t}w{i}" for i in range(42)]
+        rows += [" ".join(base), " ".join([*base[:39], *(f"{t}v{i}" for i in range(3))])]
+    source = write(tmp_path / "in.jsonl", [{"question": q, "answer": "1"} for q in rows])
+    result = prepare("--source", source, "--near", str(near), "--out", str(tmp_path / "out.jsonl"))
+    assert result.returncode == 0, result.stderr
+    questions = [row["question"] for row in read(tmp_path / "out.jsonl")]
+    assert [q for q in questions if "v0" not in q] == rows[::2]
+    assert fewest <= len(questions) - 60 <= most  # some signatures are too far apart to be looked at
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path):

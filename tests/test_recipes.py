@@ -26,6 +26,14 @@ def verl_row(question, ground_truth, index):
     }
 
 
+def dapo_row(question, answer, index):
+    frame = "Solve the following math problem step by step. The last line of your response should be of the form "
+    frame += "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    frame += 'Remember to put your answer on its own line after "Answer:".'
+    row = verl_row(frame.format(question), answer, index)
+    return {"prompt": question, "solution": answer, "source_prompt": row.pop("prompt"), **row}
+
+
 ROWS = {
     "deepscaler": [
         {"problem": r"What is $\frac{1}{2}+\frac{1}{4}$?", "answer": r"\frac{3}{4}", "solution": "Add."},
@@ -35,12 +43,7 @@ ROWS = {
         {**verl_row("Solve x^2 = 4 for x > 0.", '["2"]', 0), "model_difficulty": {"DeepSeek-R1-Distill-Qwen-7B": 3}},
         verl_row("Give an interval.", r'["(0, \\frac{1}{2}]"]', 1),
     ],
-    "dapo_math": [
-        verl_row(
-            "Solve. The last line of your response should be of the form Answer: $Answer\n\nWhat is 6*7?", "42", "a"
-        ),
-        verl_row("What is 2^5?", "32", 1),
-    ],
+    "dapo_math": [dapo_row("What is 6*7?", "42", "a"), dapo_row("What is 2^5?", "32", "b")],
     "code_contests": [
         {
             "name": "1_A. Sum",
@@ -90,7 +93,7 @@ ROWS = {
         ],
         "taco": [
             {
-                "problem": "Print the sum of two numbers.",
+                "problem": "Print the sum of two numbers (taco).",
                 "solutions": [ADD],
                 "tests": json.dumps({"inputs": ["1 2\n", "4 5\n"], "outputs": ["3\n", "9\n"]}),
             }
@@ -105,7 +108,10 @@ ROWS = {
             }
         ],
         "codeforces": [
-            {"problem": "Print the sum of two numbers.", "tests": json.dumps([{"input": "1 2\n", "output": "3\n"}])}
+            {
+                "problem": "Print the sum of two numbers (codeforces).",
+                "tests": json.dumps([{"input": "1 2\n", "output": "3\n"}]),
+            }
         ],
     },
 }
@@ -153,7 +159,8 @@ def test_real_rows_become_prompts(name, tmp_path, tiny_model):
         assert prompt.rewards == {"aspo_lightning.rewards.choice.reward": 1.0}
     elif name in RIGHT:
         for prompt, row, right in zip(prompts, rows, RIGHT[name], strict=True):
-            assert (row.get("problem") or row["prompt"][0]["content"]) in prompt.text
+            problem = row.get("problem") or (row.get("source_prompt") or row["prompt"])[0]["content"]
+            assert problem in prompt.text
             assert prompt.rewards == {"aspo_lightning.rewards.math.reward": 1.0}
             assert math_reward(right, prompt.row) == 1
             assert math_reward(r"\boxed{17}", prompt.row) == 0

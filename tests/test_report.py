@@ -34,7 +34,7 @@ def write_result(folder, solved, k=4, settings=None, name="aime24", prompts="sam
     """An evaluation with these numbers of solutions, each of k completions."""
     folder.mkdir()
     problems = [
-        {"id": str(i), "rewards": [1.0] * n + [0.0] * (k - n), "answers": ["1"] * n + ["x"] * (k - n)}
+        {"id": str(i), "solved": [True] * n + [False] * (k - n), "answers": ["1"] * n + ["x"] * (k - n)}
         for i, n in enumerate(solved)
     ]
     mean = sum(solved) / k / len(solved)
@@ -81,5 +81,9 @@ def test_what_is_no_result_is_told(tmp_path):
     (tmp_path / "x.json").write_text("[1]")
     with pytest.raises(ConfigError, match="x.json is no result of `aspo test`"):
         report.main([result, str(tmp_path / "x.json")])
+    older = tmp_path / "older.json"
+    older.write_text((tmp_path / "a" / "result.json").read_text().replace('"solved"', '"rewards"'))
+    with pytest.raises(ConfigError, match="older.json is no result of `aspo test`"):
+        report.main([result, str(older)])
     with pytest.raises(ConfigError, match="is an evaluation and .* is not"):
         report.main([result, str(tmp_path)])

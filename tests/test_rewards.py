@@ -28,13 +28,20 @@ def pool():
     pool.close()
 
 
+def scored(reward):
+    return Score(reward, solved=reward >= 1, failed=False)
+
+
+FAILED = Score(0.0, solved=False, failed=True)
+
+
 def items(*names, **row):
     return [RewardItem({f"tests.hostile_rewards.{name}": 1.0}, str(i), row) for i, name in enumerate(names)]
 
 
 def test_scores_come_in_the_order_of_the_completions(pool):
     scores = pool.score([RewardItem({"tests.hostile_rewards.number": 1.0}, str(i), {"scale": 2}) for i in range(50)])
-    assert scores == [Score(2.0 * i, False) for i in range(50)]
+    assert scores == [scored(2.0 * i) for i in range(50)]
     assert pool.score([]) == []
 
 
@@ -49,20 +56,20 @@ def test_a_reward_that_misbehaves_fails_and_the_rest_goes_on(pool, name):
     assert [s.failed for s in scores] == [i == 3 for i in range(8)]
     assert [s.reward for s in scores] == [0.0 if i == 3 else float(i) for i in range(8)]
     assert time.monotonic() - start < 20
-    assert pool.score(items("number", "number", scale=3)) == [Score(0.0, False), Score(3.0, False)]
+    assert pool.score(items("number", "number", scale=3)) == [scored(0.0), scored(3.0)]
 
 
 @pytest.mark.parametrize("name", ["fork_and_hang", "daemon_and_hang", "daemon_and_crash"])
 def test_what_a_reward_started_is_killed_with_it(pool, tmp_path, name):
     pid_file = tmp_path / "pid"
     (score,) = pool.score(items(name, file=str(pid_file)))
-    assert score == Score(0.0, True)
+    assert score == FAILED
     assert not alive(int(pid_file.read_text()))
 
 
 def test_what_a_reward_left_running_ends_with_the_pool(pool, tmp_path):
     pid_file = tmp_path / "pid"
-    assert pool.score(items("daemon_and_return", file=str(pid_file))) == [Score(7.0, False)]
+    assert pool.score(items("daemon_and_return", file=str(pid_file))) == [scored(7.0)]
     child = int(pid_file.read_text())
     assert alive(child)
     pool.close()
@@ -106,7 +113,7 @@ def alive(pid: int) -> bool:
 
 
 def test_processes_killed_from_outside_cost_nothing(pool, tmp_path):
-    expected = [Score(float(i), False) for i in range(6)]
+    expected = [scored(float(i)) for i in range(6)]
     assert pool.score(items(*["number"] * 6, scale=1)) == expected
     for worker in pool._workers:  # while they have nothing to do
         os.kill(worker._process.pid, signal.SIGKILL)
@@ -125,14 +132,14 @@ def test_closing_leaves_no_process(pool):
 def test_what_a_reward_forked_answers_for_nothing(pool):
     names = ["fork_and_return", *["number"] * 20]
     scores = pool.score(items(*names, scale=1))
-    assert scores[1:] == [Score(float(i), False) for i in range(1, 21)]
-    assert scores[0] == Score(7.0, False)
+    assert scores[1:] == [scored(float(i)) for i in range(1, 21)]
+    assert scores[0] == scored(7.0)
 
 
 def test_an_answer_to_another_call_is_none(pool):
     (score,) = pool.score(items("answer_for_another", scale=1))
     assert score.failed
-    assert pool.score(items("number", "number", scale=3)) == [Score(0.0, False), Score(3.0, False)]
+    assert pool.score(items("number", "number", scale=3)) == [scored(0.0), scored(3.0)]
 
 
 @pytest.mark.parametrize("path", ["tests.dies_on_import.reward", "tests.no_such_module.reward"])
@@ -267,7 +274,7 @@ def test_hostile_answers_fail_within_the_limit_and_the_pool_goes_on(name):
         (score,) = pool.score([RewardItem(path, HOSTILE[name], {"answer": "5"})])
         assert score.reward == 0
         assert time.monotonic() - start < 5
-        assert pool.score([RewardItem(path, "\\boxed{5}", {"answer": "5"})]) == [Score(1.0, False)]
+        assert pool.score([RewardItem(path, "\\boxed{5}", {"answer": "5"})]) == [scored(1.0)]
     finally:
         pool.close()
 
@@ -322,9 +329,19 @@ def test_second_chance(turns, reply):
 def test_rewards_are_summed_by_their_weights(pool):
     double = {"tests.hostile_rewards.number": 0.5, "tests.parity_reward.reward": 2.0}
     scores = pool.score([RewardItem(double, text, {"scale": 3}) for text in ("1", "2")])
-    assert scores == [Score(0.5 * 3 + 2.0 * 1, False), Score(0.5 * 6 + 0.0, False)]
+    assert [s.reward for s in scores] == [0.5 * 3 + 2.0 * 1, 0.5 * 6 + 0.0]
     broken = {"tests.hostile_rewards.number": 1.0, "tests.hostile_rewards.fail": 1.0}
-    assert pool.score([RewardItem(broken, "1", {"scale": 3})]) == [Score(0.0, True)]
+    assert pool.score([RewardItem(broken, "1", {"scale": 3})]) == [FAILED]
+
+
+@pytest.mark.parametrize("weights", [(0.9, 0.05), (1.0, 1.0), (0.1, 2.0), (2.0, -1.0), (0.0, 1.0)])
+def test_what_is_solved_is_the_first_rewards_to_say_whatever_the_weights(pool, weights):
+    first, second = "tests.parity_reward.reward", "tests.hostile_rewards.number"
+    rewards = dict(zip((first, second), weights, strict=True))
+    items = [RewardItem(rewards, text, {"scale": scale}) for text, scale in (("1", 1), ("1", 0), ("2", 1), ("2", 0))]
+    assert [s.solved for s in pool.score(items)] == [True, True, False, False]
+    fails = RewardItem({first: 1.0, "tests.hostile_rewards.fail": 0.0}, "1", {})
+    assert pool.score([fails]) == [FAILED]
 
 
 def test_a_phase_with_hanging_rewards_ends_within_its_limit(pool):

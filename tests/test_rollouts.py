@@ -21,7 +21,6 @@ from aspo_lightning.rollouts import (
     check_phase,
     correct_mismatch,
     has_task_spread,
-    held_out,
     mismatch_metrics,
     pack,
     shaped_reward,
@@ -31,15 +30,13 @@ from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
 
 
 def prompt(i, length=3):
-    return Prompt(
-        f"p{i}", tuple(range(10, 10 + length)), f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}
-    )
+    return Prompt(f"p{i}", tuple(range(10, 10 + length)), f"text {i}", f"text {i}", {"x.reward": 1.0}, {})
 
 
 def group(i, rewards, lengths=None, **kwargs):
     lengths = lengths or [2] * len(rewards)
     rollouts = [
-        Rollout(tuple(range(40, 40 + n)), tuple(-0.1 * (j + 1) for j in range(n)), False, "a b", r, **kwargs)
+        Rollout(tuple(range(40, 40 + n)), tuple(-0.1 * (j + 1) for j in range(n)), False, "a b", r, r == 1, **kwargs)
         for r, n in zip(rewards, lengths, strict=True)
     ]
     return RolloutGroup(prompt(i), tuple(rollouts))
@@ -109,11 +106,6 @@ def test_mismatch_correction(correction, expected):
     assert correct_mismatch(batch, correction, (0.5, 2.0)).advantages.tolist() == pytest.approx(
         [-3 * w for w in expected]
     )
-
-
-def test_prompts_of_an_evaluation_are_not_trained_on():
-    prompts = [prompt(0, 2), prompt(1, 3), prompt(2, 4)]
-    assert held_out(prompts, [[prompt(9, 3)], []]) == [prompts[0], prompts[2]]
 
 
 def test_a_phase_that_cannot_be_filled_is_refused():

@@ -1,18 +1,23 @@
 """Sampling with a scripted engine and real reward processes: requests, seeds, turns, refills."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from aspo_lightning.curriculum import PassRate
 from aspo_lightning.engines.base import Generator
+from aspo_lightning.evaluation import FileJournal, measure, read_known
+from aspo_lightning.metrics import accuracy
 from aspo_lightning.rewards import RewardPool
+from aspo_lightning.rollouts import rollout_metrics
 from aspo_lightning.sampling import Sampling, sample_groups, sample_phase, sampling_seed
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
 
 def prompt(i, length=3, **kwargs):
     ids = tuple(range(10, 10 + length))
-    return Prompt(f"p{i}", ids, f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}, **kwargs)
+    return Prompt(f"p{i}", ids, f"text {i}", f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}, **kwargs)
 
 
 class Script(Generator):
@@ -79,6 +84,41 @@ def test_groups_are_sampled_with_their_own_seeds_and_scored(pool):
     assert set(times) == {"time/generate_s", "time/reward_s"}
 
 
+def test_accuracy_votes_and_curricula_go_by_the_first_reward(pool, tmp_path):
+    """Of right and well-formed answers with weights 0.9 and 0.05, and of wrong ones that are only well-formed."""
+    rewards = {"tests.guessing.reward": 0.9, "tests.hostile_rewards.number": 0.05}
+    task = [Prompt(f"p{i}", (65,), "A", "A", rewards, {"secret": 2, "scale": 20}) for i in range(2)]
+    known = {}
+    journal = FileJournal(tmp_path / "journal" / "rank_0.jsonl", "sums", known)
+
+    def sample():
+        engine = Script([said(text) for text in "2112"])  # wrong ones get 0.05 * 20 = 1
+        return sample_groups(
+            engine, pool, Characters(), task, Sampling(2, 9, 1.0, 1.0, 0), epoch=0, vote=True, journal=journal
+        )[0]
+
+    groups = sample()
+    assert [[r.reward for r in g.rollouts] for g in groups] == [[pytest.approx(2.9), 1.0], [1.0, pytest.approx(2.9)]]
+    assert [[r.solved for r in g.rollouts] for g in groups] == [[True, False], [False, True]]
+    assert accuracy(groups) == rollout_metrics(groups)["rollout/accuracy"] == 0.5
+    assert {name: m.value for name, m in measure(groups, [1]).items() if "@" in name} == {
+        "avg@2": 0.5,
+        "pass@1": 0.5,
+        "pass@2": 1.0,
+    }
+    curriculum = PassRate()
+    curriculum.update(groups)
+    assert curriculum.rates == {"p0": 0.5, "p1": 0.5}
+    # A journal keeps it; what an older one kept without it is scored again.
+    assert [read_known(tmp_path)["sums", "p0", s]["solved"] for s in (0, 1)] == [True, False]
+    del known["sums", "p0", 0]["solved"]
+    assert sample() == [replace(g, rollouts=tuple(map(without_logprobs, g.rollouts))) for g in groups]
+
+
+def without_logprobs(rollout):
+    return replace(rollout, generator_logprobs=(0.0,) * len(rollout.completion_ids))
+
+
 def test_seeds_differ_in_each_of_their_parts_and_stay_the_same():
     seeds = {
         sampling_seed(s, e, p, i, t)
@@ -101,7 +141,7 @@ def said(text, truncated=False):
 def play(pool, answers, max_tokens=50, environment="tests.guessing.environment"):
     """One completion of an episode in which the environment says "low" or "high" to guesses of 7."""
     game = Prompt(
-        "p0", (65,), "A", {"tests.guessing.reward": 1.0}, {"secret": 7}, environment=environment, after_reply=": "
+        "p0", (65,), "A", "A", {"tests.guessing.reward": 1.0}, {"secret": 7}, environment=environment, after_reply=": "
     )
     engine = Script([said(a) if isinstance(a, str) else a for a in answers])
     (group,), _ = sample_groups(engine, pool, Characters(), [game], Sampling(1, max_tokens, 1.0, 1.0, seed=0), epoch=0)
@@ -116,7 +156,7 @@ def test_an_environment_answers_until_it_is_content(pool):
     assert [p for p, s in zip(rollout.generator_logprobs, rollout.sampled, strict=True) if s] == [-1.0] * 3
     assert {p for p, s in zip(rollout.generator_logprobs, rollout.sampled, strict=True) if not s} == {0.0}
     assert rollout.sampled_length == 3
-    assert (rollout.reward, rollout.failed, rollout.truncated) == (1.0, False, False)
+    assert (rollout.reward, rollout.solved, rollout.failed, rollout.truncated) == (1.0, True, False, False)
     # Each turn goes on from all before it, with what is left of the limit and a seed of its own.
     assert ["".join(map(chr, r.prompt_ids)) for r in engine.requests] == ["A", "A5low: ", "A5low: 9high: "]
     assert [r.max_tokens for r in engine.requests] == [50, 44, 37]
@@ -171,9 +211,9 @@ def test_a_sampling_that_goes_on_judges_thinking_all_the_same(pool):
 
 def test_an_environment_that_fails_ends_the_episode_without_reward(pool):
     _, rollout = play(pool, ["7"], environment="tests.hostile_rewards.fail")
-    assert (rollout.text, rollout.reward, rollout.failed) == ("7", 0.0, True)
+    assert (rollout.text, rollout.reward, rollout.solved, rollout.failed) == ("7", 0.0, False, True)
     _, rollout = play(pool, ["7"], environment="tests.guessing.says_a_number")
-    assert (rollout.text, rollout.reward, rollout.failed) == ("7", 0.0, True)
+    assert (rollout.text, rollout.reward, rollout.solved, rollout.failed) == ("7", 0.0, False, True)
 
 
 def useful(group):
@@ -182,7 +222,7 @@ def useful(group):
 
 def groups_of(*spreads):
     def rollouts(spread):
-        return tuple(Rollout((1,), (0.0,), False, "", reward) for reward in ((0.0, 1.0) if spread else (1.0, 1.0)))
+        return tuple(Rollout((1,), (0.0,), False, "", r, r == 1) for r in ((0.0, 1.0) if spread else (1.0, 1.0)))
 
     return [RolloutGroup(prompt(i), rollouts(spread)) for i, spread in enumerate(spreads)]
 

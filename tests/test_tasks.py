@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.models import load_config, load_tokenizer, resolve_model
-from aspo_lightning.tasks import Dataset, Mixture, MultipleChoice, ReasoningGym
+from aspo_lightning.tasks import Dataset, Mixture, MultipleChoice, ReasoningGym, without_held_out, without_long
 
 SUMS = {"min_terms": 2, "max_terms": 2}
 
@@ -147,9 +147,9 @@ def test_options_of_multiple_choice(tokenizer, tmp_path):
 
 
 def test_mixtures_go_through_their_tasks_by_weight(tokenizer, tmp_path):
-    rows = [{"question": f"{i}+1", "answer": i + 1} for i in range(4)]
-    one = Dataset(write(tmp_path / "a.jsonl", *rows))
-    two = Dataset(write(tmp_path / "b.jsonl", *rows), reward={"tests.parity_reward.reward": 0.5})
+    rows = [{"question": f"{i}+1", "answer": i + 1} for i in range(8)]
+    one = Dataset(write(tmp_path / "a.jsonl", *rows[:4]))
+    two = Dataset(write(tmp_path / "b.jsonl", *rows[4:]), reward={"tests.parity_reward.reward": 0.5})
     mixture = Mixture({"one": one, "two": two}, {"one": 2.5})
     prompts = mixture.prompts(tokenizer)
     ids = [p.id for p in prompts]
@@ -163,6 +163,92 @@ def test_mixtures_go_through_their_tasks_by_weight(tokenizer, tmp_path):
         Mixture({"one": one}, {"three": 1})
     with pytest.raises(ConfigError, match=r"weights.one is -1"):
         Mixture({"one": one}, {"one": -1})
+
+
+def dropped(caplog):
+    """What was told of dropped prompts."""
+    return [message for message in caplog.messages if message.startswith("Dropped")]
+
+
+def test_equal_prompts_are_dropped_before_they_are_tokenized(tokenizer, tmp_path, caplog):
+    calls = []
+
+    class Counting(type(tokenizer)):
+        def __call__(self, *args, **kwargs):
+            calls.append(args)
+            return super().__call__(*args, **kwargs)
+
+    counting = Counting.from_pretrained(tokenizer.name_or_path)
+    rows = [{"question": f"{i % 3}+1", "answer": i} for i in range(300)]
+    with caplog.at_level("INFO"):
+        prompts = Dataset(write(tmp_path / "a.jsonl", *rows)).prompts(counting)
+    assert [(p.id, p.row["answer"]) for p in prompts] == [("a.jsonl/1", 0), ("a.jsonl/2", 1), ("a.jsonl/3", 2)]
+    assert len(calls) == 3
+    assert dropped(caplog) == ["Dropped 297 of 300 prompts: the same as an earlier one"]
+
+
+def test_a_mixture_has_each_prompt_once_unless_its_weights_repeat_it(tokenizer, tmp_path, caplog):
+    def task(name, *questions):
+        return Dataset(write(tmp_path / f"{name}.jsonl", *({"question": q, "answer": 1} for q in questions)))
+
+    a, b, c = task("a", "1+1", "1+1", "2+2"), task("b", "2+2", "3+3"), task("c", "1+1", "3+3", "4+4")
+    inner = Mixture({"a": a, "b": b}, {"a": 2})
+    with caplog.at_level("INFO"):
+        prompts = Mixture({"inner": inner, "c": c}).prompts(tokenizer)
+    assert [(p.id, p.question) for p in prompts] == [
+        ("inner/a/a.jsonl/1", "1+1"),
+        ("inner/a/a.jsonl/3", "2+2"),
+        ("inner/a/a.jsonl/1#1", "1+1"),
+        ("inner/a/a.jsonl/3#1", "2+2"),
+        ("inner/b/b.jsonl/2", "3+3"),
+        ("c/c.jsonl/3", "4+4"),
+    ]
+    assert dropped(caplog) == [
+        "Dropped 1 of 3 prompts: the same as an earlier one",
+        "Dropped 1 of 2 prompts: b shares them with tasks before it in the mixture",
+        "Dropped 2 of 3 prompts: c shares them with tasks before it in the mixture",
+    ]
+    # What is left out of the mixture takes nothing from the rest of it.
+    assert [p.question for p in Mixture({"a": a, "b": b}, {"a": 0}).prompts(tokenizer)] == ["2+2", "3+3"]
+
+
+def test_held_out_problems_are_known_again_whatever_is_around_them(tokenizer, tmp_path, caplog):
+    questions = ["What is  $2+2$ ?", "what is $2 + 2$?", "What is $2+3$?", "Is 12 = 1 2?", "Is 1 2 = 12?"]
+    path = write(tmp_path / "a.jsonl", *({"question": q, "answer": 4} for q in questions))
+    train = Mixture({"a": Dataset(path, template="{question} Think.", system_prompt="Solve.")}, {"a": 2})
+    held_out = Dataset(
+        write(
+            tmp_path / "b.jsonl", {"problem": "WHAT is $2+2$?\n", "answer": "4"}, {"problem": "Is 12=12?", "answer": 1}
+        ),
+        question="problem",
+        template="Problem: {question}",
+        chat=False,
+    )
+    prompts = train.prompts(tokenizer)
+    with caplog.at_level("INFO"):
+        left = without_held_out(prompts, [[], held_out.prompts(tokenizer)])
+    assert [p.question for p in left] == questions[2:] * 2
+    assert dropped(caplog) == ["Dropped 4 of 10 prompts: their problems are held out for evaluation"]
+    options = MultipleChoice(
+        write(tmp_path / "c.jsonl", {"question": "Which?", "options": ["a", "b"], "answer": "A"}),
+        "options",
+        answer="answer",
+        template="{question}\n\nEnd with the letter.",
+    )
+    assert [p.question for p in options.prompts(tokenizer)] == ["Which?\n\nA. a\nB. b"]
+
+
+def test_long_prompts_are_dropped_and_a_task_of_nothing_else_is_refused(tokenizer, tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", *({"question": "1" * n, "answer": 1} for n in (3, 8, 9)))
+    prompts = Dataset(path, chat=False).prompts(tokenizer)
+    with caplog.at_level("INFO"):
+        assert [len(p.prompt_ids) for p in without_long(prompts, 8, "data.train")] == [3, 8]
+    assert dropped(caplog) == ["Dropped 1 of 3 prompts: over 8 tokens"]
+    message = "All 3 prompts of data.val.sums are over data.max_prompt_length 2: the shortest has 3 tokens. Raise it."
+    with pytest.raises(ConfigError, match=message):
+        without_long(prompts, 2, "data.val.sums")
+    with pytest.raises(ConfigError, match="data.train has no prompts: an empty task"):
+        without_long([], 2, "data.train")
 
 
 BAD_ROWS = {

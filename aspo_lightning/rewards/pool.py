@@ -25,6 +25,7 @@ from aspo_lightning.errors import ConfigError
 # From the start of a process until the reward's module is imported; not part of a reward's own time limit.
 IMPORT_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 10.0
+SOLVED = 1.0 - 1e-6  # a reward from here on is a full solution
 _LOAD_ONLY = None  # the subject of a call that only imports its function
 
 
@@ -58,11 +59,14 @@ class RewardItem(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The weighted sum of a completion's rewards."""
+    """What a completion's rewards say of it."""
 
     reward: float
+    """Their weighted sum."""
+    solved: bool
+    """The first of them says that it is a full solution; so whatever the weights, and whatever the others say."""
     failed: bool
-    """One of the functions failed; the reward is 0."""
+    """One of the functions failed; the reward is 0, and nothing is solved."""
 
 
 class RewardPool:
@@ -101,12 +105,13 @@ class RewardPool:
         results = iter(self.run(calls))
         scores = []
         for item in items:
-            values = [_finite(next(results)) for _ in item.rewards]
-            if any(value is None for value in values):
-                scores.append(Score(0.0, failed=True))
+            found = [_finite(next(results)) for _ in item.rewards]
+            values = [value for value in found if value is not None]
+            if len(values) < len(found):
+                scores.append(Score(0.0, solved=False, failed=True))
             else:
-                parts = (w * v for w, v in zip(item.rewards.values(), values, strict=True) if v is not None)
-                scores.append(Score(math.fsum(parts), failed=False))
+                reward = math.fsum(w * v for w, v in zip(item.rewards.values(), values, strict=True))
+                scores.append(Score(reward, solved=values[0] >= SOLVED, failed=False))
         return scores
 
     def run(self, calls: Sequence[Call], description: str = "reward") -> list[Result]:
