@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from aspo_lightning import metrics
 from aspo_lightning.metrics import interval, maj_at_k, pass_at_k, repetition_rate
-from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 
 
 @given(st.integers(1, 8), st.data())
@@ -102,9 +101,3 @@ def test_words_are_lower_case_and_split_on_single_spaces():
     assert repetition_rate("A a b", n=1) == pytest.approx(1 / 3)
     assert repetition_rate("a  b  c", n=1) == pytest.approx(1 / 5)  # the empty word twice
     assert repetition_rate("\u00df ss", n=1) == 0  # the same in upper case
-
-
-def test_what_counts_as_a_full_solution():
-    rewards = [1.0, 1 - 1e-6, 1 - 2e-6, 0.5]
-    rollouts = tuple(Rollout((1,), (0.0,), False, "", reward) for reward in rewards)
-    assert metrics.accuracy([RolloutGroup(Prompt("p", (1,), "", {}, {}), rollouts)]) == 0.5

@@ -45,6 +45,12 @@ def test_scores_come_in_the_order_of_the_completions(pool):
     assert pool.score([]) == []
 
 
+def test_what_counts_as_a_full_solution(pool):
+    rewards = (1.0, 1 - 1e-6, 1 - 2e-6, 0.5)
+    scores = pool.score([RewardItem({"tests.hostile_rewards.number": 1.0}, repr(r), {"scale": 1}) for r in rewards])
+    assert [score.solved for score in scores] == [True, True, False, False]
+
+
 @pytest.mark.parametrize(
     "name", ["hang", "crash", "leave", "fail", "nan", "text", "exhaust_memory", "recurse", "chatter", "huge"]
 )

@@ -173,7 +173,7 @@ def test_an_episode_ends_when_a_turn_is_cut_off_or_no_reply_fits(pool):
 def thought(pool, prompt_text, answers, **kwargs):
     """The reward of a completion to a prompt that ends as a chat template may."""
     ids = tuple(map(ord, prompt_text))
-    game = Prompt("p0", ids, prompt_text, {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"}, **kwargs)
+    game = Prompt("p0", ids, prompt_text, "A", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"}, **kwargs)
     engine = Script([said(a) for a in answers])
     (group,), _ = sample_groups(engine, pool, Characters(), [game], Sampling(1, 500, 1.0, 1.0, seed=0), epoch=0)
     return group.rollouts[0].reward
@@ -203,7 +203,7 @@ def test_a_sampling_that_goes_on_judges_thinking_all_the_same(pool):
             assert known["reward"] == 0.0
 
     ids = tuple(map(ord, "A<think>"))
-    game = Prompt("p0", ids, "A<think>", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"})
+    game = Prompt("p0", ids, "A<think>", "A", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"})
     settings = Sampling(1, 500, 1.0, 1.0, seed=0)
     (group,), _ = sample_groups(Script(), pool, Characters(), [game], settings, epoch=0, journal=Known())
     assert group.rollouts[0].reward == 0.0
