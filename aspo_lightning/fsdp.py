@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed as dist
 from torch import nn
@@ -52,6 +52,9 @@ from aspo_lightning.checkpoints import (
 from aspo_lightning.scorer import ScoredCausalLM
 from aspo_lightning.weights import without_frozen
 
+TIMEOUT_MINUTES = 120
+"""Ranks wait for the longest completion of a phase, and for the longest evaluation."""
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Shards weights, gradients and optimizer state over all ranks.
@@ -65,7 +68,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """
 
     def __init__(
-        self, reduce_each_micro_batch: bool = False, cpu_offload: bool = False, timeout_minutes: int = 120
+        self, reduce_each_micro_batch: bool = False, cpu_offload: bool = False, timeout_minutes: int = TIMEOUT_MINUTES
     ) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
         self.reduce_each_micro_batch = reduce_each_micro_batch
@@ -196,6 +199,16 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: everything sharded over all ranks")
+# Lightning's own, which it also takes for several devices without a strategy: its ranks must wait for one another's
+# completions just as long.
+StrategyRegistry.register(
+    "ddp",
+    DDPStrategy,
+    description="DDP: everything on each rank",
+    override=True,
+    start_method="popen",
+    timeout=timedelta(minutes=TIMEOUT_MINUTES),
+)
 
 
 def load_sharded(

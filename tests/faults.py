@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import Precision
 
 from aspo_lightning import checkpoints
 
@@ -106,3 +107,11 @@ class Fault(Callback):
             time.time = lambda: now() + next(jumps)
         else:
             os.kill(os.getpid(), getattr(signal, self.kind))
+
+
+class OwnPrecision(Precision):
+    """A user's plugin, which says that it was there."""
+
+    def teardown(self):
+        print("the user's own plugin")
+        super().teardown()

@@ -107,6 +107,14 @@ def test_a_clock_that_jumps_back_does_not_matter(tmp_path):
     assert RunFolder(tmp_path / "version_0").newest_checkpoint() == later
 
 
+def test_names_do_not_matter(tmp_path):
+    folder = tmp_path / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    save(folder / "epoch_00009-acc_0.812.ckpt", 9)
+    later = save(folder / "epoch_00010-acc_0.799.ckpt", 10)
+    assert RunFolder(tmp_path / "version_0").newest_checkpoint() == later
+
+
 def test_last_is_the_newest_checkpoint_of_the_newest_run_that_has_one(tmp_path):
     for run, name, at in [(2, "epoch_1.ckpt", 50), (10, "epoch_3.ckpt", 30), (10, "epoch_4.ckpt", 40)]:
         path = tmp_path / f"version_{run}" / "checkpoints" / name

@@ -167,3 +167,12 @@ def test_a_stranger_s_checkpoint_runs_no_code(runs, tmp_path):
     path.write_text(json.dumps({"epoch": 3}))
     assert runs.fit("evil", "--ckpt_path", str(path)) == 1
     assert "evil.ckpt is damaged" in runs.text("evil")
+
+
+def test_a_user_s_plugins_are_kept_and_what_is_switched_off_stays_off(runs):
+    off = ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
+    plugin = ["--trainer.plugins", "tests.faults.OwnPrecision"]
+    assert runs.fit("plain", *plugin, *off, "--trainer.max_epochs", "1") == 0, runs.text("plain")[-3000:]
+    assert "the user's own plugin" in runs.text("plain")
+    assert not list(runs.run("plain").glob("**/*.ckpt"))
+    assert "to resume" not in runs.text("plain")

@@ -1,6 +1,7 @@
 """The modules from plain Python, under Trainers of all kinds: what is refused, what is waited for."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch.optim.swa_utils import get_ema_avg_fn
 
 from aspo_lightning import ASPOModule, RolloutDataModule
 from aspo_lightning.callbacks import PhaseReport
-from aspo_lightning.engines import TransformersEngine
+from aspo_lightning.engines import TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.identity import describe
 from aspo_lightning.tasks import Dataset
 
 
@@ -257,3 +259,34 @@ def test_what_a_phase_did_not_measure_is_not_shown_again(parts, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert ["entropy" in line for line in lines] == [True, False]
     data.close()
+
+
+def test_what_belongs_to_a_machine_is_not_in_a_checkpoint(parts):
+    _, data = parts()
+    assert set(data.state_dict()) == {"curriculum"}  # and not how far an engine and a trainer are apart there
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "auto", "fsdp2"])
+def test_ranks_wait_for_one_another_as_long_with_every_strategy(strategy):
+    assert trainer(strategy=strategy, devices=2).strategy._timeout == timedelta(minutes=120)
+
+
+def test_data_modules_share_no_engine_and_no_curriculum(tiny_model):
+    first, second = RolloutDataModule(tiny_model), RolloutDataModule(tiny_model)
+    assert first.engine is not second.engine
+    assert first.curriculum is not second.curriculum
+
+
+def test_an_evaluation_does_not_depend_on_how_fast_its_engine_is():
+    assert describe(VLLMEngine(timeout_s=5, max_num_seqs=2)) == describe(VLLMEngine())
+    assert describe(VLLMEngine(dtype="float16")) != describe(VLLMEngine())
+    assert describe(TransformersEngine()) != describe(VLLMEngine())
+
+
+def test_corrections_of_a_mismatch_need_the_log_probs_of_all_tokens(parts):
+    for correction in ("truncate", "mask"):
+        with pytest.raises(ConfigError, match=r"data.mismatch_correction is .* and data.top_p 0.7"):
+            parts(top_p=0.7, mismatch_correction=correction)
+    _, data = parts(top_p=0.7, eval_top_p=0.9)
+    assert data.sampling.top_p == 0.7
+    assert data.eval_sampling["sums"].top_p == 0.9
