@@ -199,7 +199,7 @@ def test_turns_refills_a_curriculum_and_hanging_rewards_in_one_run(tiny_model, t
     assert [value for _, value in logged["rollout/kept_groups"]] == [4, 4]
     assert [step for step, _ in logged["policy/loss"]] == [3, 7]  # two optimizer steps, two passes
     checkpoint = torch.load(tmp_path / "tiny/version_0/checkpoints/last.ckpt", weights_only=False)
-    rates = checkpoint["RolloutDataModule"]["curriculum"]["rates"]
+    rates = checkpoint["RolloutDataModule"]["curriculum"]["state"]["rates"]
     assert 4 <= len(rates) <= 40
     assert all(0 <= rate <= 1 for rate in rates.values())
 
