@@ -1,0 +1,125 @@
+"""Every command that README, docs and a run itself show works as typed, in that order, in a fresh shell."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import save_model, save_tokenizer
+from tests.test_cli import ROOT
+
+DOCS = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+# What takes a hub, a cluster, hours, or is this suite.
+ELSEWHERE = ("bash scripts/install.sh", "bash scripts/test.sh", "bash scripts/serve.sh", "sbatch ")
+BIG = ("configs/recipes/", "configs/eval/math.yaml")
+
+
+def commands(doc: str) -> list[str]:
+    """The lines of a page's shell blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / doc).read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"\s+#.*", "", line) for line in lines) if line]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The project's files with its environment; the quickstart, made small."""
+    folder = tmp_path_factory.mktemp("clone")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    stamp = subprocess.run(
+        "cksum < pyproject.toml | cut -d ' ' -f 1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    (ROOT / ".venv" / f"installed-cpu-quickstart-{stamp.stdout.strip()}").touch()  # scripts/test.sh has installed more
+    for name in ("quickstart.yaml", "eval/quickstart.yaml"):
+        path = folder / "configs" / name
+        config = yaml.safe_load(path.read_text())
+        config.setdefault("trainer", {})
+        if name == "quickstart.yaml":
+            config["trainer"] |= {"max_epochs": 2, "check_val_every_n_epoch": 2}
+            config["data"] |= {"max_prompt_length": 80}  # the tiny model reads characters
+        config["data"]["engine"] = {"class_path": "TransformersEngine"}
+        for task in config["data"]["val"].values():
+            task["init_args"] |= {"size": 4} if "size" in task["init_args"] else {}
+        if "eval_max_completion_length" in config["data"]:
+            config["data"] |= {"eval_max_completion_length": 8, "max_prompt_length": 80, "max_completion_length": 8}
+        path.write_text(yaml.safe_dump(config))
+    model = folder / "home" / ".cache" / "aspo_lightning" / "SmolLM2-135M-Instruct"
+    model.mkdir(parents=True)
+    save_model(model)
+    save_tokenizer(model)
+    return folder
+
+
+def typed(clone: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run in a fresh shell, in which nothing is set but what a login sets."""
+    environment = {"HOME": str(clone / "home"), "PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "--noprofile", "--norc", "-e", "-c", script],
+        cwd=clone,
+        env={**environment, "HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def run(clone: Path, lines: list[str]) -> str:
+    """What the commands print, in one shell."""
+    script = []
+    for line in lines:
+        server = "tensorboard --" in line  # serves until it is stopped
+        script.append(f"timeout 12 {line} || test $? = 124" if server else line)
+    result = typed(clone, "\n".join(script))
+    assert result.returncode == 0, f"{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
+    assert result.stderr.count("http://localhost") == sum("tensorboard --" in line for line in lines)
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def readme(clone):
+    lines = [line for line in commands("README.md") if not line.startswith(ELSEWHERE)]
+    assert len(lines) > 10
+    return run(clone, lines)
+
+
+def test_the_commands_of_the_readme_work_as_typed(readme, clone):
+    assert {p.name for p in (clone / "runs" / "quickstart").iterdir()} == {f"version_{i}" for i in range(5)}
+    assert (clone / "my_model" / "config.json").is_file()
+    assert (clone / "results" / "my_model" / "result.json").is_file()
+
+
+def test_the_commands_that_a_run_prints_work_as_typed(readme, clone):
+    first = readme.partition("version_1")[0]
+    shown = [line.partition("to ")[2].split(maxsplit=1) for line in first.splitlines() if line.startswith("to ")]
+    found = {kind: re.sub("^on +", "", command) for kind, command in shown}
+    assert set(found) == {"look", "resume", "train"}
+    run(clone, [found["look"], found["resume"], found["train"]])
+    assert list((clone / "runs/quickstart/version_0/checkpoints").glob("epoch_00003.ckpt"))
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_commands_for_larger_machines_are_parsed(doc, clone):
+    lines = [line for line in commands(doc) if any(big in line for big in BIG) and not line.startswith(ELSEWHERE)]
+    for line in lines:
+        arguments = line[line.index("aspo ") :].replace("--gpu-memory 80", "").replace("aspo plan", "aspo fit")
+        result = typed(clone, f".venv/bin/{arguments} --print_config")
+        assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
+        assert yaml.safe_load(result.stdout)["data"]
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_files_that_are_named_exist(doc):
+    text = (ROOT / doc).read_text()
+    named = re.findall(r"\b(?:scripts|configs|tests|docs|aspo_lightning)/[\w./]+\.(?:py|sh|yaml|md|json|png)\b", text)
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
+    missing = [name for name in named if not (ROOT / name).exists()]
+    missing += [name for name in linked if not (ROOT / doc).parent.joinpath(name).exists()]
+    assert missing == []
