@@ -415,3 +415,8 @@ def test_what_lies_on_an_edge_is_within():
     for quantile, entropy in ((1.0, [1.0, 2.0]), (0.0, [1.0, 1.0]), (0.5, [1.0, 1.0])):
         objective = GRPO(high_entropy_clip_eps=0.4, entropy_quantile=quantile)
         assert weigh(objective, [1.3, 1.3], [1.0, 1.0], [0, 0], entropy).clipped.all()
+
+
+def test_the_narrowest_and_the_widest_ranges_are_allowed():
+    assert weigh(GRPO(0.0, 0.0), [1.0, 1.01], [1.0, 1.0]).clipped.tolist() == [False, True]
+    assert weigh(GRPO(1.0, 0.2), [0.0], [-1.0]).clipped.tolist() == [False]
