@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/install.sh dev mutation
-if [ $# = 0 ]; then rm -rf mutants; fi # otherwise what was killed once, by older tests, stays so
+if [ $# = 0 ]; then rm -rf mutants; fi
+rm -f mutants/mutmut-stats.json # which test reaches what: tests may be new
 OMP_NUM_THREADS=1 .venv/bin/mutmut run "$@"
 .venv/bin/python scripts/count_mutants.py
