@@ -81,6 +81,8 @@ def test_empty_responses_are_in_no_denominator(averaging):
 def test_ranks_wait_for_neighbours_in_snake_order():
     plan = plan_phase([[9, 8, 7, 6, 5, 4]], optimizer_steps=1, world_size=2, token_budget=9)
     assert plan.steps == [[[[0], [3], [4]], [[1], [2], [5]]]]
+    plan = plan_phase([[6, 5, 4, 3, 2, 1]], optimizer_steps=1, world_size=3, token_budget=6)
+    assert plan.steps == [[[[0], [5]], [[1], [4]], [[2], [3]]]]
 
 
 @pytest.mark.parametrize(

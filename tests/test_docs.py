@@ -13,7 +13,7 @@ from tests.test_cli import ROOT
 
 DOCS = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 # What takes a hub, a cluster, hours, or is this suite.
-ELSEWHERE = ("bash scripts/install.sh", "bash scripts/test.sh", "bash scripts/serve.sh", "sbatch ")
+ELSEWHERE = ("bash scripts/install.sh", "bash scripts/test.sh", "bash scripts/mutants.sh", "bash scripts/serve.sh", "sbatch ")
 BIG = ("configs/recipes/", "configs/eval/math.yaml")
 
 
@@ -49,7 +49,7 @@ def clone(tmp_path_factory):
         for task in config["data"]["val"].values():
             task["init_args"] |= {"size": 4} if "size" in task["init_args"] else {}
         if "eval_max_completion_length" in config["data"]:
-            config["data"] |= {"eval_max_completion_length": 8, "max_prompt_length": 80, "max_completion_length": 8}
+            config["data"] |= {"eval_max_completion_length": 8, "max_prompt_length": 112, "max_completion_length": 8}
         path.write_text(yaml.safe_dump(config))
     model = folder / "home" / ".cache" / "aspo_lightning" / "SmolLM2-135M-Instruct"
     model.mkdir(parents=True)

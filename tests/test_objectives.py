@@ -406,3 +406,17 @@ def test_a_mean_over_tokens_is_at_least_in_float32(dtype):
     assert (some.value.item(), some.tokens.item()) == (0.5, 2)
     assert every.value.dtype == some.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert not token_mean(torch.ones(2, requires_grad=True)).value.requires_grad
+
+
+def test_what_lies_on_an_edge_is_within():
+    for objective in (ASPO(dual_clip=2.0), GRPO(dual_clip=2.0)):
+        assert not weigh(objective, [2.0], [-1.0]).dual_clipped.any()
+    # No entropy is above the greatest, nor above that of all.
+    for quantile, entropy in ((1.0, [1.0, 2.0]), (0.0, [1.0, 1.0]), (0.5, [1.0, 1.0])):
+        objective = GRPO(high_entropy_clip_eps=0.4, entropy_quantile=quantile)
+        assert weigh(objective, [1.3, 1.3], [1.0, 1.0], [0, 0], entropy).clipped.all()
+
+
+def test_the_narrowest_and_the_widest_ranges_are_allowed():
+    assert weigh(GRPO(0.0, 0.0), [1.0, 1.01], [1.0, 1.0]).clipped.tolist() == [False, True]
+    assert weigh(GRPO(1.0, 0.2), [0.0], [-1.0]).clipped.tolist() == [False]

@@ -276,21 +276,32 @@ def test_the_mismatch_is_a_mean_and_a_maximum_over_the_tokens_of_all_micro_batch
 
 
 def on_ranks(folder, world_size, function):
-    """What ``function(rank)`` gives, as JSON, on each of so many processes over gloo; forked, so without imports."""
+    """What ``function(rank)`` gives, as JSON, on each of so many processes over gloo: this one, and forks of it."""
+
+    def run(rank):
+        settings = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=30)}
+        dist.init_process_group("gloo", f"file://{folder}/store", **settings)
+        try:
+            (folder / f"{rank}.json").write_text(json.dumps(function(rank)))
+        finally:
+            dist.destroy_process_group()
+
     children = []
-    for rank in range(world_size):
+    for rank in range(1, world_size):
         if child := os.fork():
             children.append(child)
             continue
         status = 1
         try:
-            settings = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=30)}
-            dist.init_process_group("gloo", f"file://{folder}/store", **settings)
-            (folder / f"{rank}.json").write_text(json.dumps(function(rank)))
+            run(rank)
             status = 0
         finally:
             os._exit(status)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * world_size
+    try:
+        run(0)
+    finally:
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert statuses == [0] * len(children)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
