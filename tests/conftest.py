@@ -9,10 +9,19 @@ from hypothesis import Phase, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+settings.register_profile("tests", deadline=None)  # how long an example takes is the machine's business
+settings.load_profile("tests")
 # For scripts/mutants.sh: an example that fails is all it wants.
 settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None, deadline=None)
 
-SLOW = ("test_faults", "test_fsdp", "test_servers", "test_evaluation")  # by file, the slowest first
+SLOW = (
+    "test_faults",
+    "test_fsdp",
+    "test_servers",
+    "test_docs",
+    "test_evaluation",
+    "test_runs",
+)  # by file, the slowest first
 
 
 def pytest_collection_modifyitems(items):
