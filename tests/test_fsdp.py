@@ -208,7 +208,7 @@ def test_a_sharded_checkpoint_holds_the_policy_alone_and_says_what_it_needs(runs
         f"state_dict.policy.lm.{name}" for name in [*two[0]["weights"], "lm_head.weight"]
     }
     assert aspo_here(monkeypatch, *runs.command("refused", "--ckpt_path", str(folder))).endswith(
-        "Go on from it by --trainer.strategy fsdp2, on any number of ranks (--trainer.devices 1 too)."
+        "Resume from it with --trainer.strategy fsdp2, on any number of ranks (--trainer.devices 1 too)."
     )
 
 
@@ -246,7 +246,7 @@ def test_an_export_overwrites_nothing_and_wants_a_checkpoint(runs, one, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert "neither a run's folder" in aspo_here(monkeypatch, "export", str(tmp_path), str(tmp_path / "out"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    assert "no checkpoint of `aspo fit`" in aspo_here(
+    assert "isn't a checkpoint of `aspo fit`" in aspo_here(
         monkeypatch, "export", str(tmp_path / "other.ckpt"), str(tmp_path / "out")
     )
     assert not (tmp_path / "out").exists()

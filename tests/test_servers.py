@@ -9,8 +9,9 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
-from aspo_lightning.engines import SamplingRequest, VLLMServers
+from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers
 from aspo_lightning.errors import ConfigError
 from tests.conftest import save_model, save_tokenizer
 from tests.test_cli import ASPO, ROOT, aspo, aspo_here, scalars
@@ -18,10 +19,10 @@ from tests.test_fsdp import SHARDED, Runs, free_port, on_ranks
 
 
 class Server:
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *arguments: str) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        settings = ["--max-model-len", "112", "--kv-cache-memory-bytes", "50000000"]
+        settings = ["--max-model-len", "112", "--kv-cache-memory-bytes", "50000000", *arguments]
         self.process = subprocess.Popen(
             ["bash", str(ROOT / "scripts" / "serve.sh"), model, str(port), *settings],
             stdout=subprocess.DEVNULL,
@@ -46,8 +47,27 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def servers(tiny_model):
-    started = [Server(tiny_model), Server(tiny_model)]
+def model(tmp_path_factory):
+    """It recommends a way of sampling, which no run asks for, and has an end token that only stands there."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, eos_token_id=1)
+    save_tokenizer(folder)
+    GenerationConfig(
+        eos_token_id=[1, 9],
+        do_sample=True,
+        temperature=0.3,
+        top_k=2,
+        top_p=0.5,
+        min_p=0.2,
+        repetition_penalty=1.5,
+        max_new_tokens=3,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def servers(model):
+    started = [Server(model), Server(model, "--generation-config", "auto")]  # which is vLLM's default
     try:
         for server in started:
             server.wait()
@@ -65,8 +85,8 @@ def engine(*servers: Server) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model, tmp_path_factory):
-    return Runs(tiny_model, tmp_path_factory.mktemp("served"))
+def runs(model, tmp_path_factory):
+    return Runs(model, tmp_path_factory.mktemp("served"))
 
 
 def test_servers_give_what_the_engine_in_the_process_gives(runs, servers):
@@ -79,6 +99,32 @@ def test_servers_give_what_the_engine_in_the_process_gives(runs, servers):
     assert max(served["probes"] + sharded[0]["probes"] + sharded[1]["probes"]) < 1e-4  # after three updates
     for name, weight in here["weights"].items():
         assert torch.equal(served["weights"][name], weight)
+
+
+def test_what_a_model_recommends_for_sampling_is_not_followed_but_its_end_tokens_are(model, servers):
+    requests = [SamplingRequest((5, 6, 7 + n), 24, seed, 1.5) for n in range(4) for seed in range(16)]
+    here = VLLMEngine(kv_cache_gib=0.05)
+    here.start(model, context_length=64)
+    expected = here.generate(requests, description="test")
+    here.stop()
+    assert {c.completion_ids[-1] for c in expected if not c.truncated} == {1, 9}
+    assert {len(c.completion_ids) for c in expected if c.truncated} == {24}
+    for server in servers:
+        served = VLLMServers([server.url])
+        served.start(model, context_length=64)
+        served.sync_weights(load_file(f"{model}/model.safetensors").items())
+        found = served.generate(requests, description="test")
+        assert [(c.completion_ids, c.truncated) for c in found] == [(c.completion_ids, c.truncated) for c in expected]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.generator_logprobs == pytest.approx(theirs.generator_logprobs, abs=1e-5)
+
+
+def test_a_server_fills_what_a_request_leaves_out_by_no_recommendation(model, servers):
+    """As `scripts/serve.sh` starts it: this request is somebody else's, and says little."""
+    body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 1, "logprobs": 5}
+    answer = httpx.post(f"{servers[0].url}/v1/completions", json=body).json()
+    (likeliest,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+    assert min(likeliest.values()) > -20  # of two tokens' choice all others had -inf
 
 
 def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_trained_on(runs, servers):
@@ -108,18 +154,18 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     assert len(scalars(run)["policy/loss"]) == epochs + 1
 
 
-def test_a_server_lost_while_it_takes_weights_lets_the_other_go(tiny_model, servers):
-    weights = load_file(f"{tiny_model}/model.safetensors")
+def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers):
+    weights = load_file(f"{model}/model.safetensors")
     request = SamplingRequest((5, 6, 7), 8, seed=1)
     alone = VLLMServers([servers[0].url])
 
     def completion_after_sync():
-        alone.start(tiny_model, context_length=64)
+        alone.start(model, context_length=64)
         alone.sync_weights(weights.items())
         return alone.generate([request], description="test")
 
     before = completion_after_sync()
-    lost = Server(tiny_model)
+    lost = Server(model)
     lost.wait()
 
     def until_one_is_lost():
@@ -129,7 +175,7 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(tiny_model, serv
             yield named
 
     both = VLLMServers([servers[0].url, lost.url])
-    both.start(tiny_model, context_length=64)
+    both.start(model, context_length=64)
     start = time.monotonic()
     with pytest.raises(ConfigError, match=f"The vLLM server at {lost.url} doesn't answer"):
         both.sync_weights(until_one_is_lost())

@@ -139,6 +139,12 @@ class VLLMServers(Generator):
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
+            # The rest isn't left out: a server would take it from the model's generation_config.json.
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "seed": request.seed,
             "logprobs": 0,
             "return_token_ids": True,
