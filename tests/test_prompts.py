@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from transformers import AutoTokenizer
 
-from aspo_lightning import RolloutDataModule
+from aspo_lightning import ASPOModule, RolloutDataModule
 from aspo_lightning.curriculum import RisingLevels
 from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.errors import ConfigError
@@ -105,5 +105,13 @@ def test_ranks_that_share_an_engine_neither_train_nor_evaluate_with_an_environme
     task = Dataset(row, reward=ODD, environment="tests.guessing.environment", chat=False)
     tasks = {"train": task} if where == "train" else {"val": {"guess": task}}
     data = data_module(tiny_model, tmp_path, engine=VLLMEngine(tensor_parallel_size=2), **tasks)
-    data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    data.trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=False,
+        enable_checkpointing=False,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    data.trainer.strategy.connect(ASPOModule(tiny_model))
     assert "Set tensor_parallel_size to 1, or leave the environment out" in refused(data, "fit")
