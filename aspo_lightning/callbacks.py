@@ -3,6 +3,7 @@
 import itertools
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation import TABLE, Results
 from aspo_lightning.run_folder import run_folder
-
-OF_A_PHASE = ("rollout/", "policy/", "mismatch/", "time/")
-"""Beginnings of the tags that an epoch measures anew."""
 
 
 class PhaseReport(Callback):
@@ -26,10 +25,10 @@ class PhaseReport(Callback):
     def __init__(self) -> None:
         self._start = 0.0
         self._validation_start = 0.0
+        self._before: dict[str, Tensor] = {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for tag in [tag for tag in trainer.callback_metrics if tag.startswith(OF_A_PHASE)]:
-            del trainer.callback_metrics[tag]  # Lightning keeps the last value of what isn't measured this time
+        self._before = dict(trainer.callback_metrics)
         pl_module.log_dict(trainer.datamodule.phase.metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)  # type: ignore[attr-defined]
         self._start = time.perf_counter()
 
@@ -42,9 +41,17 @@ class PhaseReport(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update_s = time.perf_counter() - self._start
         pl_module.log("time/update_s", update_s, batch_size=1, sync_dist=True)
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        metrics = measured_since(self._before, trainer)
         _print(epoch_line(trainer.current_epoch, {**metrics, "time/update_s": update_s}))
         log_epoch(trainer)
+
+
+def measured_since(before: Mapping[str, Tensor], trainer: Trainer) -> dict[str, float]:
+    """What has been measured since ``trainer.callback_metrics`` was ``before``.
+
+    Lightning keeps the last value of what isn't measured again, such as the entropy in a phase without a useful group.
+    """
+    return {tag: float(value) for tag, value in trainer.callback_metrics.items() if value is not before.get(tag)}
 
 
 def log_epoch(trainer: Trainer) -> None:

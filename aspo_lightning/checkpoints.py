@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -107,7 +106,7 @@ def not_written(path: Path, error: BaseException) -> ConfigError:
     reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
     return ConfigError(
         f"The checkpoint {path} couldn't be written: {reason}. Those before it are as they were; resume from there "
-        "with --ckpt_path last."
+        "with the command that the run printed when it started."
     )
 
 
@@ -140,13 +139,14 @@ def load(path: Path, **options: Any) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, weights_only=True, **options)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
         if match := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
             raise ConfigError(
                 f"{path} holds {match[1]}, and a checkpoint may hold nothing but tensors and plain data. If a callback "
                 "of your own put it there, keep plain data in its state_dict."
             ) from error
-        raise ConfigError(f"{path} can't be read: {str(error).splitlines()[0]}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{path} can't be read: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} isn't a checkpoint: it holds a {type(content).__name__}.")
     return content
@@ -181,6 +181,15 @@ def trained_from(checkpoint: Path) -> dict[str, Any]:
 def trained_steps(checkpoint: Path) -> int:
     """Optimizer steps up to a checkpoint."""
     return int(metadata(checkpoint)["global_step"])
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Raises ConfigError for a checkpoint that isn't of ``aspo fit``, or holds weights alone."""
+    if "optimizer_states" not in metadata(checkpoint) and not checkpoint.is_dir():
+        raise ConfigError(
+            f"{checkpoint} holds weights alone, and no optimizer state: it can be evaluated and exported. Resume from "
+            "one in the run's folder checkpoints."
+        )
 
 
 def check_between_phases(checkpoint: Mapping[str, Any]) -> None:

@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 
 from aspo_lightning import export, report
 from aspo_lightning.callbacks import (
@@ -28,7 +29,7 @@ from aspo_lightning.callbacks import (
     PhaseReport,
     peak_memory_gb,
 )
-from aspo_lightning.checkpoints import AtomicCheckpointIO, trained_from, trained_steps
+from aspo_lightning.checkpoints import AtomicCheckpointIO, check_resumable, trained_from, trained_steps
 from aspo_lightning.curriculum import Curriculum
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.engines import Generator
@@ -98,6 +99,11 @@ SAVED = {"best": BestCheckpoint, "checkpoint": ModelCheckpoint}
 CALLBACKS = {**GUARDS, **SAVED}
 
 
+RUN = "{run}"
+"""In a logger's settings: the run's folder."""
+DEFAULT_LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": RUN}}
+
+
 class ASPOCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.model_name_or_path", "data.model_name_or_path")
@@ -114,10 +120,7 @@ class ASPOCLI(LightningCLI):
                 "trainer.gradient_clip_val": 1.0,
                 "trainer.max_epochs": 100,
                 "trainer.default_root_dir": "runs/aspo",
-                "trainer.logger": {
-                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": RUN},
-                },
+                "trainer.logger": DEFAULT_LOGGER,
                 "data.engine": {"class_path": "aspo_lightning.engines.VLLMEngine"},
                 "data.curriculum": {"class_path": "aspo_lightning.curriculum.Shuffled"},
                 "checkpoint.monitor": "step",  # the newest two: one may turn out to be damaged
@@ -145,12 +148,13 @@ class ASPOCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         subcommands = LightningCLI.subcommands()
-        return {name: subcommands[name] for name in ("fit", "validate", "test")}
+        # Checkpoints are always read as weights and plain data.
+        return {name: {*subcommands[name], "weights_only"} for name in ("fit", "validate", "test")}
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_strategy(config.trainer.strategy)
-        root = Path(config.trainer.default_root_dir)
+        root = Path(config.trainer.default_root_dir or ".").expanduser()
         self.run: RunFolder | None = None
         source = Path(config.ckpt_path).expanduser() if config.get("ckpt_path") else None
         if source == Path("last"):
@@ -158,9 +162,16 @@ class ASPOCLI(LightningCLI):
         if source is not None:
             begins = self.subcommand == "fit" and is_run(source) and not RunFolder(source).has_checkpoints()
             config.ckpt_path = None if begins else str(find_checkpoint(source))
-        if self.subcommand != "fit" or config.trainer.fast_dev_run:
-            config.trainer.logger = False
+        if self.subcommand != "fit":
+            config.trainer.logger = False  # Lightning prints a table, and `aspo test` keeps a folder
             return
+        if config.trainer.fast_dev_run:
+            config.trainer.logger = config.trainer.enable_checkpointing = False  # a look leaves nothing
+            return
+        if config.ckpt_path:
+            check_resumable(Path(config.ckpt_path))
+        if config.trainer.logger in (True, None):
+            config.trainer.logger = dict_to_namespace(DEFAULT_LOGGER)
         check_checkpoints(config.checkpoint)
         check_writable(root, "--trainer.default_root_dir")
         resumes = source is not None and is_run(source)  # a checkpoint by its path starts a run of its own
@@ -180,17 +191,23 @@ class ASPOCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         settings = config.trainer
         plugins = settings.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if other := next((p for p in plugins if isinstance(p, CheckpointIO)), None):
+            raise ConfigError(
+                f"trainer.plugins has {type(other).__name__}, but checkpoints are written whole or not at all by "
+                "AtomicCheckpointIO. Leave it out."
+            )
         callbacks: list[Callback] = [RunRecord(self.run, self.given)] if self.run else []
         callbacks += [config[key] for key in GUARDS]
-        if settings.enable_progress_bar is not False:
+        own = config.trainer.callbacks or []
+        if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
             callbacks.append(TQDMProgressBar())
         callbacks += [PhaseReport(), EvaluationReport(), EvaluationResults(), GracefulStop()]
-        if settings.enable_checkpointing is not False:  # the best first: the others' files hold its state
+        # The best first: the others' files hold its state. Without a fit it only says whether its settings are right.
+        if settings.enable_checkpointing is not False or self.subcommand != "fit":
             callbacks += [config[key] for key in SAVED]
         self.trainer_defaults = {"callbacks": callbacks}
-        return super().instantiate_trainer(
-            plugins=[*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()], **kwargs
-        )
+        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
 
     def before_fit(self) -> None:
         if self.run is not None and self.trainer.is_global_zero:
@@ -334,7 +351,8 @@ def fit_summary(trainer: Trainer, run: RunFolder) -> str:
     for saved in trainer.checkpoint_callbacks:
         if isinstance(saved, ModelCheckpoint) and saved.best_model_path:
             monitored = isinstance(saved, BestCheckpoint)
-            lines.append(f"{'best' if monitored else 'checkpoint':<15}{saved.best_model_path}")
+            path = run.path / Path(saved.best_model_path).parent.name / Path(saved.best_model_path).name
+            lines.append(f"{'best' if monitored else 'checkpoint':<15}{path}")
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         tensorboard = shlex.quote(str(Path(sys.argv[0]).with_name("tensorboard")))
         lines.append(f"to look        {tensorboard} --logdir {shlex.quote(str(run.path))}")
@@ -343,10 +361,6 @@ def fit_summary(trainer: Trainer, run: RunFolder) -> str:
         if (epochs := trainer.max_epochs or 0) > 0:
             lines.append(f"to train on    {resume} --trainer.max_epochs {2 * epochs}")
     return "\n".join(["", *lines])
-
-
-RUN = "{run}"
-"""In a logger's settings: the run's folder."""
 
 
 def place_loggers(loggers: Any, run: RunFolder, steps: int | None) -> None:
@@ -367,7 +381,7 @@ def place_loggers(loggers: Any, run: RunFolder, steps: int | None) -> None:
         if in_run and kind in ("TensorBoardLogger", "CSVLogger"):
             settings.name = settings.version = ""
             if kind == "CSVLogger":
-                settings.version = "csv" + run.suffix(run.times_resumed())
+                settings.version = "csv" + run.suffix(run.starts())
             elif steps is not None:
                 settings.purge_step = steps
 

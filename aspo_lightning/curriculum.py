@@ -55,7 +55,7 @@ def resume(curriculum: Curriculum, state: dict[str, Any]) -> None:
 
 
 class Shuffled(Curriculum):
-    """All prompts in turn, in a new order each pass. (One that refills a phase before its turn still has its turn.)"""
+    """All prompts in turn, in a new order each pass. A prompt drawn to refill a phase is drawn again in its turn."""
 
     def draw(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int) -> list[Prompt]:
         count = min(count, len(prompts))

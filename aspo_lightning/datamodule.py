@@ -228,14 +228,16 @@ class RolloutDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.trainer is not None:  # None: called by hand, for a look at the prompts
             check_agreement(self._policy, self.model_name_or_path, self.sampling.temperature)
+            check_shared_engines(self.engine, self.trainer.world_size)
             if stage == "fit":
                 check_trainer(self.trainer, self.phase)
-        if self.train_prompts or self.val_prompts:
-            return
         if self.train_task is None and stage == "fit":
             raise ConfigError("There is nothing to train on: data.train isn't set. See configs/data and the README.")
         if not self.val_tasks and stage != "fit":
             raise ConfigError("There is nothing to evaluate: data.val isn't set. See configs/eval and the README.")
+        self._forget_phase()  # of a fit that failed
+        if self.train_prompts or self.val_prompts:
+            return
         config = load_config(self.model_name_or_path)
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and self.context_length > context:
@@ -244,7 +246,6 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.context_length} tokens, more than the {context} that {self.model_name_or_path} was made for. "
                 "Lower max_prompt_length, max_completion_length or eval_max_completion_length."
             )
-        check_shared_engines(self.engine, self.trainer.world_size if self.trainer else 1)
         # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
         self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
         tasks = [*([self.train_task] if self.train_task else []), *self.val_tasks.values()]
@@ -275,8 +276,8 @@ class RolloutDataModule(LightningDataModule):
             return Phase(epoch, [], accumulate=1, groups=[])  # a run resumed behind its end
         if self.phase is None or self.phase.epoch != epoch:
             self.phase = self._run_phase(epoch)
-            trainer.accumulate_grad_batches = self.phase.accumulate
             no_stop_before(trainer, trainer.global_step + len(self.phase) // self.phase.accumulate)
+        trainer.accumulate_grad_batches = self.phase.accumulate
         return self.phase
 
     def val_dataloader(self) -> list["_EvaluationLoader"]:
@@ -290,6 +291,9 @@ class RolloutDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         self.pool.close()
+        self._forget_phase()
+
+    def _forget_phase(self) -> None:
         self.phase = None  # what comes next may be another model
         if self.trainer is not None:
             self.trainer.accumulate_grad_batches = 1

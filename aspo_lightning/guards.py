@@ -19,13 +19,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from aspo_lightning.callbacks import measured_since
 from aspo_lightning.engines import Generator, SamplingRequest
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.run_folder import run_folder
 from aspo_lightning.types import MicroBatch
 
-GO_ON = "The last checkpoint is of the epoch before; resume from there with --ckpt_path last"
+GO_ON = "The last checkpoint is of the epoch before; resume from there with the command that the run printed"
 
 
 class NonFiniteGuard(Callback):
@@ -196,11 +197,16 @@ class CollapseGuard(Callback):
         self.repetition, self.stop = repetition, stop
         self.curves: dict[str, list[float]] = {tag: [] for tag in self.TAGS}
         self._told: set[str] = set()
+        self._before: dict[str, Tensor] = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before = dict(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        measured = measured_since(self._before, trainer)
         for tag, curve in self.curves.items():
-            if (value := trainer.callback_metrics.get(tag)) is not None:
-                curve.append(float(value))
+            if tag in measured:
+                curve.append(measured[tag])
         signs = self.signs()
         for sign, message in signs.items():
             if self.stop:

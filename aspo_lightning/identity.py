@@ -4,8 +4,10 @@ A setting that changes no number says so where it stands, by its type: ``token_b
 All others count. Two configs are the same run if they agree in what counts; so are two evaluations.
 """
 
+import contextlib
 import hashlib
 import pkgutil
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,7 +32,11 @@ TRAINER = (
 
 def incidental(owner: type) -> set[str]:
     """Names of the settings of a class that are marked so."""
-    hints = getattr(owner.__init__, "__annotations__", {})  # type: ignore[misc]
+    hints: dict[str, Any] = {}
+    for base in reversed(owner.__mro__):
+        annotated = vars(base).get("__init__")
+        with contextlib.suppress(NameError, TypeError):  # of a library that names what it doesn't import
+            hints |= typing.get_type_hints(annotated, include_extras=True)
     return {name for name, hint in hints.items() if INCIDENTAL in getattr(hint, "__metadata__", ())}
 
 
@@ -42,6 +48,8 @@ def describe(part: Any) -> Any:
         return [describe(value) for value in part]
     if part is None or isinstance(part, (str, int, float, bool)):
         return part
+    if not hasattr(part, "__dict__"):
+        return str(part)
     left_out = incidental(type(part))
     settings = {k: v for k, v in vars(part).items() if not k.startswith("_") and k not in left_out}
     return {"class": type(part).__name__, **{k: describe(v) for k, v in settings.items()}}

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from aspo_lightning.checkpoints import METADATA, check_whole, trained_steps, write_text
+from aspo_lightning.checkpoints import METADATA, check_whole, metadata, trained_steps, write_text
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.provenance import git_revision, versions
 
@@ -37,7 +37,7 @@ class RunFolder:
         """Of the micro-batches whose loss or gradient wasn't finite."""
         return self.path / f"not_finite_step_{step}_rank_{rank}.pt"
 
-    def times_resumed(self) -> int:
+    def starts(self) -> int:
         """How often the run has been started so far."""
         return next(n for n in itertools.count() if not self._config(n).exists())
 
@@ -55,7 +55,7 @@ class RunFolder:
         Raises:
             ConfigError: if they are damaged.
         """
-        if not (number := self.times_resumed()):
+        if not (number := self.starts()):
             return None
         path = self._config(number - 1)
         try:
@@ -68,7 +68,7 @@ class RunFolder:
 
     def record(self, config: str, ranks: int) -> None:
         """Writes the settings, and where the numbers come from."""
-        number = self.times_resumed()
+        number = self.starts()
         write_text(self._config(number), config)
         origin = {
             "command": sys.argv,
@@ -110,7 +110,7 @@ class RunFolder:
         for path in sorted(paths, key=_steps, reverse=True):
             try:
                 check_whole(path)
-                trained_steps(path)
+                metadata(path)
             except ConfigError as error:
                 print(f"{str(error).partition('. Resume')[0].removesuffix('.')}. Taking the one before it.")
             else:
@@ -152,7 +152,7 @@ def _number(run: Path) -> int:
 
 def is_run(source: Path) -> bool:
     """Whether a path is a run's folder. It may have no checkpoint yet."""
-    return source.is_dir() and (RunFolder(source).checkpoints.is_dir() or RunFolder(source).times_resumed() > 0)
+    return source.is_dir() and (RunFolder(source).checkpoints.is_dir() or RunFolder(source).starts() > 0)
 
 
 def is_trained(source: Path) -> bool:

@@ -107,6 +107,18 @@ def test_a_clock_that_jumps_back_does_not_matter(tmp_path):
     assert RunFolder(tmp_path / "version_0").newest_checkpoint() == later
 
 
+def test_any_flipped_bit_of_the_newest_is_passed_over(tmp_path):
+    folder = tmp_path / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    before, newest = save(folder / "a.ckpt", 1, size=4), save(folder / "b.ckpt", 2, size=4)
+    content, draw = newest.read_bytes(), random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        newest.write_bytes(damaged)
+        assert RunFolder(tmp_path / "version_0").newest_checkpoint() == before
+
+
 def test_names_do_not_matter(tmp_path):
     folder = tmp_path / "version_0" / "checkpoints"
     folder.mkdir(parents=True)

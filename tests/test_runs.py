@@ -176,3 +176,24 @@ def test_a_user_s_plugins_are_kept_and_what_is_switched_off_stays_off(runs):
     assert "the user's own plugin" in runs.text("plain")
     assert not list(runs.run("plain").glob("**/*.ckpt"))
     assert "to resume" not in runs.text("plain")
+
+
+def test_what_no_run_can_be_resumed_from_is_told_in_one_line(runs, tmp_path):
+    best = next((runs.run("undisturbed") / "best").glob("*.ckpt"))
+    assert runs.fit("best", "--ckpt_path", str(best)) == 1
+    assert "holds weights alone, and no optimizer state" in runs.text("best").splitlines()[-1]
+    torch.save({"state_dict": {}, "global_step": 3}, tmp_path / "other.ckpt")
+    assert runs.fit("best", "--ckpt_path", str(tmp_path / "other.ckpt")) == 1
+    assert "other.ckpt isn't a checkpoint of `aspo fit`" in runs.text("best").splitlines()[-1]
+    plugin = ["--trainer.plugins", "lightning.pytorch.plugins.io.AsyncCheckpointIO"]
+    assert runs.fit("best", *plugin) == 1
+    assert "trainer.plugins has AsyncCheckpointIO" in runs.text("best").splitlines()[-1]
+
+
+def test_a_dry_run_leaves_nothing_and_a_default_logger_logs_into_the_run(runs, monkeypatch):
+    assert runs.fit("dry", "--trainer.fast_dev_run", "true") == 0, runs.text("dry")[-3000:]
+    assert not runs.run("dry").parent.exists()
+    monkeypatch.setitem(runs.config["trainer"], "logger", True)
+    bar = ["--trainer.callbacks+=RichProgressBar", "--trainer.max_epochs", "1"]
+    assert runs.fit("default", *bar) == 0, runs.text("default")[-3000:]
+    assert "policy/loss" in scalars(runs.run("default"))

@@ -2,6 +2,7 @@
 
 import json
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from aspo_lightning import ASPOModule, RolloutDataModule
 from aspo_lightning.callbacks import PhaseReport
 from aspo_lightning.engines import TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.identity import describe
+from aspo_lightning.guards import CollapseGuard
+from aspo_lightning.identity import describe, incidental
 from aspo_lightning.tasks import Dataset
 
 
@@ -35,6 +37,7 @@ def parts(tiny_model, sums):
 
     def make(module: dict | None = None, **data) -> tuple[ASPOModule, RolloutDataModule]:
         settings = {
+            "train": sums(10, 40),
             "val": {"sums": sums(60, 5)},
             "engine": TransformersEngine(),
             "prompts_per_phase": 4,
@@ -48,7 +51,7 @@ def parts(tiny_model, sums):
         }
         return (
             ASPOModule(tiny_model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **(module or {})),
-            RolloutDataModule(tiny_model, train=sums(10, 40), **{**settings, **data}),
+            RolloutDataModule(tiny_model, **{**settings, **data}),
         )
 
     return make
@@ -250,15 +253,57 @@ class NothingLearned(Callback):
 
 def test_what_a_phase_did_not_measure_is_not_shown_again(parts, capsys):
     module, data = parts(max_completion_length=1)  # every completion is cut off
-    curves = Curves()
-    trainer(PhaseReport(), curves, NothingLearned()).fit(module, data)
-    first, second = curves.epochs
-    assert first["policy/entropy"] > 0
-    assert "policy/entropy" not in second
-    assert "policy/clip_fraction_positive" not in second
+    guard = CollapseGuard()
+    stops_on_entropy = EarlyStopping("policy/entropy", patience=9, check_on_train_epoch_end=True)
+    trainer(guard, PhaseReport(), stops_on_entropy, NothingLearned()).fit(module, data)
+    assert len(guard.curves["rollout/accuracy"]) == 2
+    assert len(guard.curves["policy/entropy"]) == len(guard.curves["policy/clip_fraction_positive"]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert ["entropy" in line for line in lines] == [True, False]
+    assert ["clipped" in line for line in lines] == [True, False]
     data.close()
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        raise RuntimeError("in the middle of a phase")
+
+
+def test_after_a_fit_that_failed_the_next_one_samples_its_own_phase(parts):
+    failed, data = parts()
+    with pytest.raises(RuntimeError, match="in the middle of a phase"):
+        trainer(Fails()).fit(failed, data)
+    phase = data.phase
+    module, _ = parts()
+    curves = Curves()
+    trainer(curves, max_epochs=1).fit(module, data)
+    assert curves.phases[0] is not phase
+    assert module.trainer.global_step == 2
+    data.close()
+
+
+def test_what_there_is_nothing_of_is_told_in_every_stage(parts, tiny_model):
+    module, data = parts(train=None)
+    trainer().validate(module, data, verbose=False)
+    with pytest.raises(ConfigError, match="There is nothing to train on"):
+        trainer().fit(module, data)
+    module, data = parts(val=None)
+    trainer(max_epochs=1).fit(module, data)
+    with pytest.raises(ConfigError, match="There is nothing to evaluate"):
+        trainer().test(module, data)
+    data.close()
+
+
+def test_marks_hold_for_classes_that_inherit_them():
+    class Sub(VLLMEngine):
+        def __init__(self, extra: int = 0, timeout_s: float = 1.0, **settings) -> None:
+            super().__init__(timeout_s=timeout_s, **settings)
+            self.extra = extra
+
+    assert "max_num_seqs" in incidental(Sub)
+    assert "timeout_s" not in incidental(Sub)  # it says otherwise
+    assert "extra" not in incidental(Sub)
+    assert describe(Path("here")) == "here"
 
 
 def test_what_belongs_to_a_machine_is_not_in_a_checkpoint(parts):
