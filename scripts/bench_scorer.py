@@ -1,9 +1,10 @@
-"""Time and memory of the scorer against plain log_softmax of all logits: forward + backward, each in its own process.
+"""Time and memory of the scorer against plain log_softmax of all logits: forward + backward, in turn, in processes.
 
     python scripts/bench_scorer.py [--vocabulary 151936 --tokens 4096 --hidden 1024 --repeats 5]
 
 Memory is the peak of the process beyond what it held before, less the gradients of hidden states and weight, which
-every way needs. Also against TRL's and Liger's public functions where they are installed and run on this machine.
+every way needs. Also against what TRL's GRPOTrainer calls, and Liger's function, where they are installed and run on
+this machine. TRL goes beside this environment: pip install --no-deps --target DIR trl==1.16.0, and DIR in PYTHONPATH.
 """
 
 import argparse
@@ -26,9 +27,13 @@ def ours(hidden, weight, targets):
 
 
 def trl(hidden, weight, targets):
-    from trl.trainer.utils import selective_log_softmax
+    """As TRL's GRPOTrainer calls it for a model without bias, soft cap and scale."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    return selective_log_softmax(hidden @ weight.T, targets)
+    outputs = ("log_probs", "entropy")
+    settings = (targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
+    return ChunkedLogProbFunction.apply(hidden, weight, None, *settings)[0]
 
 
 def liger(hidden, weight, targets):
@@ -40,7 +45,7 @@ def liger(hidden, weight, targets):
 WAYS = {"plain": plain, "ours": ours, "trl": trl, "liger": liger}
 
 
-def measure(way: str, vocabulary: int, tokens: int, hidden_size: int, repeats: int) -> None:
+def measure(way: str, vocabulary: int, tokens: int, hidden_size: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -48,14 +53,12 @@ def measure(way: str, vocabulary: int, tokens: int, hidden_size: int, repeats: i
     weight = torch.randn(vocabulary, hidden_size, generator=generator).mul_(0.02).requires_grad_()  # no spike in memory
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     upstream = torch.randn(tokens, generator=generator)
-    WAYS[way](hidden[:8], weight[:64], targets[:8] % 64).sum()  # imports and threads are not what is measured
+    few = [tensor.detach()[:64].clone().requires_grad_() for tensor in (hidden, weight)]
+    WAYS[way](*few, targets[:64] % 64).sum().backward()  # imports and threads are not what is measured
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(repeats):
-        hidden.grad = weight.grad = None
-        start = time.perf_counter()
-        (WAYS[way](hidden, weight, targets) * upstream).sum().backward()
-        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    (WAYS[way](hidden, weight, targets) * upstream).sum().backward()
+    seconds = time.perf_counter() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     gradients = 4 * (hidden.numel() + weight.numel()) / 2**20
     print(json.dumps({"seconds": seconds, "mib": peak - gradients, "checksum": weight.grad.norm().item()}))
@@ -69,29 +72,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = [options.vocabulary, options.tokens, options.hidden, options.repeats]
+    sizes = {name: getattr(options, name) for name in ("vocabulary", "tokens", "hidden")}
     if options.way:
-        return measure(options.way, *sizes)
-    baseline = None
-    print(f"V = {sizes[0]}, N = {sizes[1]}, H = {sizes[2]}; medians of {sizes[3]}")
-    for way in WAYS:
-        command = [sys.executable, __file__, "--way", way]
-        for name, size in zip(("vocabulary", "tokens", "hidden", "repeats"), sizes, strict=True):
-            command += [f"--{name}", str(size)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            print(f"{way:6s} doesn't run here: {result.stderr.strip().splitlines()[-1][:100]}")
-            continue
-        found = json.loads(result.stdout.splitlines()[-1])
-        seconds = statistics.median(found["seconds"])
-        baseline = baseline or (seconds, found["mib"])
+        return measure(options.way, *sizes.values())
+    print(f"V = {options.vocabulary}, N = {options.tokens}, H = {options.hidden}; medians of {options.repeats}")
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(options.repeats):
+        for way in list(found):
+            command = [sys.executable, __file__, "--way", way]
+            for name, size in sizes.items():
+                command += [f"--{name}", str(size)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                print(f"{way:6s} doesn't run here: {result.stderr.strip().splitlines()[-1][:100]}")
+                del found[way]
+            else:
+                found[way].append(json.loads(result.stdout.splitlines()[-1]))
+    for way, measured in found.items():
+        seconds = [each["seconds"] for each in measured]
+        ratios = [mine["seconds"] / plain["seconds"] for mine, plain in zip(measured, found["plain"], strict=True)]
+        mib = max(each["mib"] for each in measured)
         print(
-            f"{way:6s} {seconds:6.2f} s ({min(found['seconds']):.2f} to {max(found['seconds']):.2f}), "
-            f"{seconds / baseline[0]:.2f} x the time; "
-            f"{found['mib']:7.0f} MiB, {baseline[1] / found['mib']:.1f} x less; "
-            f"gradient norm {found['checksum']:.6f}",
-            flush=True,
+            f"{way:6s} {spread(seconds)} s; {spread(ratios)} x plain's time of the same turn; {mib:.0f} MiB; "
+            f"gradient norm {measured[0]['checksum']:.6f}"
         )
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":
