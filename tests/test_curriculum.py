@@ -1,12 +1,14 @@
 """Curricula: what they draw and what they learn; draws come from (seed, epoch) and state alone."""
 
+import itertools
+import random
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspo_lightning.curriculum import PassRate, RisingLevels, Shuffled, resume, saved
+from aspo_lightning.curriculum import PassRate, RisingLevels, Shuffled, passes, resume, saved
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 
@@ -162,3 +164,12 @@ def test_the_ends_of_the_settings():
         with pytest.raises(ConfigError, match="is 1.5; allowed are numbers above 0, up to 1"):
             make()
     assert (PassRate().smoothing, PassRate().floor, RisingLevels().threshold) == (0.5, 0.1, 0.7)
+
+
+def test_a_pass_puts_first_only_what_a_draw_lacks():
+    first, second = itertools.islice(passes(10, 4, seed=0), 2)
+    shuffled = list(range(10))
+    random.Random("0/1").shuffle(shuffled)
+    begun = first[8:]  # two draws of four, and two more
+    lacking = [i for i in shuffled if i not in begun][:2]
+    assert second == lacking + [i for i in shuffled if i not in lacking]
