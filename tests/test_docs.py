@@ -78,12 +78,15 @@ def typed(clone: Path, script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+# A server, until it says where it is.
+SERVE = """{line} 2> served & server=$!
+for _ in $(seq 240); do if grep http://localhost served >&2; then break; fi; sleep 0.5; done
+kill $server"""
+
+
 def run(clone: Path, lines: list[str]) -> str:
     """What the commands print, in one shell."""
-    script = []
-    for line in lines:
-        server = "tensorboard --" in line  # serves until it is stopped
-        script.append(f"timeout 12 {line} || test $? = 124" if server else line)
+    script = [SERVE.format(line=line) if "tensorboard --" in line else line for line in lines]
     result = typed(clone, "\n".join(script))
     assert result.returncode == 0, f"{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
     assert result.stderr.count("http://localhost") == sum("tensorboard --" in line for line in lines)
