@@ -131,14 +131,16 @@ def write_text(path: Path, text: str) -> None:
     sync_to_disk(path.parent)
 
 
-def load(path: Path, **options: Any) -> dict[str, Any]:
+def load(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """What a file holds, if that is tensors and plain data: a checkpoint from a stranger can't run code.
+
+    On the CPU unless ``map_location`` says otherwise, also where a GPU wrote it: all ranks of a machine read it.
 
     Raises:
         ConfigError: if it holds something else.
     """
     try:
-        content = torch.load(path, weights_only=True, **options)
+        content = torch.load(path, weights_only=True, map_location=map_location, mmap=mmap)
     except Exception as error:  # damaged bytes can make the unpickler raise anything
         if match := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
             raise ConfigError(
