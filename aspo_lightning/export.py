@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
-from aspo_lightning.checkpoints import metadata
+from aspo_lightning.checkpoints import TRAINED_AS, metadata
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.models import load_tokenizer
 from aspo_lightning.run_folder import find_checkpoint
@@ -50,9 +50,9 @@ def load_policy(checkpoint: Path) -> tuple[ScoredCausalLM, str]:
     """
     sharded = checkpoint.is_dir()
     rest = metadata(checkpoint)
-    settings = dict(rest["model"])
-    name = settings.pop("model_name_or_path")
-    policy = ScoredCausalLM.from_pretrained(name, **{**settings, "attn_implementation": "sdpa"})
+    settings = {key: rest["model"][key] for key in (*TRAINED_AS, "dtype")}
+    name = settings["model_name_or_path"]
+    policy = ScoredCausalLM.from_pretrained(**settings)
     trained = without_frozen(policy, policy.state_dict())
     if sharded:
         state = {f"policy.{name}": value for name, value in trained.items()}

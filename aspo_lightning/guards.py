@@ -140,7 +140,7 @@ class Probe:
             requests = [request for request in self.requests for _ in range(engine.copies)]
             completions = engine.generate(requests, description="probe")
         row = MicroBatch.from_sequences([(self.requests[0].prompt_ids, (0,))])
-        each = {field.name: getattr(row, field.name).repeat(len(completions)) for field in fields(row)[2:]}
+        each = {field.name: getattr(row, field.name).repeat(len(completions)) for field in fields(row)[3:]}
         each["targets"] = torch.tensor([c.completion_ids[0] for c in completions])
         each["generator_logprobs"] = torch.tensor([c.generator_logprobs[0] for c in completions])
         return replace(row, **each)

@@ -50,7 +50,6 @@ class ASPOModule(LightningModule):
         optimizer: AdamW with the paper's learning rate and the released script's weight decay.
         lr_scheduler: stepped with every optimizer step. None keeps the learning rate.
         dtype: of the weights that are trained; compute precision is ``trainer.precision``.
-        attn_implementation: as in transformers; ``flash_attention_2`` on GPUs.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         chunk_size: vocabulary entries whose logits the scorer holds at a time. None: 4096; on a CPU
             fewer where there are many tokens.
@@ -69,7 +68,6 @@ class ASPOModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.1),
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        attn_implementation: Annotated[str, INCIDENTAL] = "sdpa",
         gradient_checkpointing: Annotated[bool, INCIDENTAL] = False,
         chunk_size: Annotated[int | None, INCIDENTAL] = None,
         lora_rank: int = 0,
@@ -101,7 +99,6 @@ class ASPOModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.load_settings: dict[str, Any] = {
             "dtype": getattr(torch, dtype),
-            "attn_implementation": attn_implementation,
             "gradient_checkpointing": gradient_checkpointing,
             "chunk_size": chunk_size,
             "lora_rank": lora_rank,

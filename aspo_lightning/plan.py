@@ -48,7 +48,6 @@ class Run:
     half: bool
     """Computes in bfloat16."""
     dtype: torch.dtype
-    attn_implementation: str
     gradient_checkpointing: bool
     chunk_size: int | None
     lora_rank: int
@@ -129,8 +128,6 @@ def make_plan(run: Run) -> Plan:
     update["activations"] = kept / depth * 2 + (depth - 2) * (
         tokens * hidden * compute_bytes if run.gradient_checkpointing else kept / depth
     )
-    if run.attn_implementation != "flash_attention_2":
-        update["attention mask"] = tokens**2
     update["scorer"] = tokens * (3 * min(run.chunk_size or CHUNK_SIZE, vocabulary) + 2 * hidden) * FULL
 
     sampling, cache, per_token = engine_memory(run, config, count)
@@ -181,8 +178,6 @@ def changes(run: Run) -> dict[str, Run]:
         found["--model.gradient_checkpointing true"] = replace(run, gradient_checkpointing=True)
     if run.token_budget > run.longest_sequence:
         found[f"--data.token_budget {run.longest_sequence}"] = replace(run, token_budget=run.longest_sequence)
-    if run.attn_implementation != "flash_attention_2" and run.on_gpu:
-        found["--model.attn_implementation flash_attention_2"] = replace(run, attn_implementation="flash_attention_2")
     if not run.half and run.on_gpu:
         found["--trainer.precision bf16-mixed"] = replace(run, half=True)
     if not run.sharded and run.world_size > 1:
@@ -283,7 +278,6 @@ def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_
         cpu_offload=getattr(strategy, "cpu_offload", False),
         half=trainer.precision == "bf16-mixed",
         dtype=load["dtype"],
-        attn_implementation=load["attn_implementation"],
         gradient_checkpointing=load["gradient_checkpointing"],
         chunk_size=load["chunk_size"],
         lora_rank=load["lora_rank"],
@@ -343,9 +337,9 @@ AttentionMaskInterface.register(MEMORYLESS, lambda *args, **kwargs: None)
 @functools.cache
 def meta_model(model_name_or_path: str, dtype: torch.dtype, lora_rank: int) -> ScoredCausalLM:
     """The model, without memory."""
-    return ScoredCausalLM.from_pretrained(
-        model_name_or_path, dtype=dtype, lora_rank=lora_rank, attn_implementation=MEMORYLESS, weights=False
-    )
+    model = ScoredCausalLM.from_pretrained(model_name_or_path, dtype=dtype, lora_rank=lora_rank, weights=False)
+    model.lm.set_attn_implementation(MEMORYLESS)
+    return model
 
 
 @functools.cache

@@ -4,13 +4,17 @@ Axes: T tokens of a packed row, N response tokens, H hidden size, V vocabulary, 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from aspo_lightning import attention
+from aspo_lightning.attention import Packing
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.matmul import matmul, use_fast_linears
 from aspo_lightning.types import MicroBatch
@@ -33,7 +37,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of ``targets`` and entropies in nats, under softmax(logits / temperature).
 
-    With logits = hidden weight^T + bias.
+    With logits = hidden weight^T + bias. Under autocast both factors are rounded to its dtype; the logits stay float32.
 
     The vocabulary is passed through in chunks, as an online softmax; backward computes each chunk's logits again. So
     memory beyond the gradients is a few [N, chunk_size] buffers instead of several [N, V].
@@ -53,7 +57,10 @@ def token_logprobs(
     """
     if chunk_size is None:
         chunk_size = _chunk_size(len(hidden), hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
         return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad)
 
 
@@ -68,8 +75,8 @@ class _TokenLogprobs(torch.autograd.Function):
         moment = hidden.new_zeros(n, dtype=dtype)  # sum of (l - m) e^(l - m)
         for v in _chunks(len(weight), chunk_size):
             logits, _ = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)  # [N, B]
-            row, column = _targets_in(targets, v)
-            target_logits[row] = logits[row, column]
+            column, inside = _targets_in(targets, v)
+            target_logits += logits.gather(1, column).squeeze(1) * inside
             new_top = torch.maximum(top, logits.amax(1))
             shift = top - new_top
             exp = logits.sub_(new_top[:, None]).exp()
@@ -102,15 +109,15 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad = logits.exp_().mul_(scale).neg_()
             else:
                 grad = logits.exp_().mul_(-grad_logprobs[:, None])
-            row, column = _targets_in(targets, v)
-            grad[row, column] += grad_logprobs[row]
+            column, inside = _targets_in(targets, v)
+            grad.scatter_add_(1, column, (grad_logprobs * inside)[:, None])
             if slope is not None:
                 grad.mul_(slope)
             if temperature != 1:
                 grad.div_(temperature)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden += matmul(grad, weight[v])
+                grad_hidden += matmul(grad, weight[v].to(hidden.dtype))
             if grad_weight is not None:
                 grad_weight[v] = matmul(grad.T, hidden_t.T)
             if grad_bias is not None:
@@ -122,7 +129,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _logits(hidden, weight, bias, temperature, softcap) -> tuple[Tensor, Tensor | None]:
     """Logits[N, B] of a chunk of the vocabulary, and the soft cap's slope[N, B] where there is a cap."""
-    logits = matmul(hidden, weight.T)
+    logits = matmul(hidden, weight.to(hidden.dtype).T)
     if bias is not None:
         logits += bias
     slope = None
@@ -134,9 +141,13 @@ def _logits(hidden, weight, bias, temperature, softcap) -> tuple[Tensor, Tensor 
 
 
 def _targets_in(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-    """(rows, columns within the chunk) of the targets that fall into a chunk of the vocabulary."""
-    row = torch.nonzero((targets >= chunk.start) & (targets < chunk.stop)).squeeze(1)
-    return row, targets[row] - chunk.start
+    """(columns[N, 1] of the targets in a chunk of the vocabulary, whether they fall into it[N]).
+
+    Those outside get some column inside: picking them out would have the host wait for the device.
+    """
+    column = targets - chunk.start
+    inside = (column >= 0) & (targets < chunk.stop)
+    return column.clamp(0, chunk.stop - chunk.start - 1)[:, None], inside
 
 
 def _chunk_size(n: int, device: torch.device) -> int:
@@ -182,7 +193,6 @@ class ScoredCausalLM(nn.Module):
         model_name_or_path: str,
         *,
         dtype: torch.dtype = torch.float32,
-        attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         chunk_size: int | None = None,
         lora_rank: int = 0,
@@ -195,15 +205,15 @@ class ScoredCausalLM(nn.Module):
         the model is on the meta device, where it takes no memory.
         """
         config = AutoConfig.from_pretrained(model_name_or_path)
-        for key, value in config.to_dict().items():
-            if key.endswith(("dropout", "_pdrop")) and isinstance(value, float):
-                setattr(config, key, 0.0)
-        settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+        for part in (config, config.get_text_config()):
+            for key, value in part.to_dict().items():
+                if key.endswith(("dropout", "_pdrop")) and isinstance(value, float):
+                    setattr(part, key, 0.0)
         if weights:
-            lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, config=config, **settings)
+            lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, config=config, dtype=dtype)
         else:
             with torch.device("meta"):
-                lm = AutoModelForCausalLM.from_config(config, **settings)
+                lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with lm.device:
             if lora_rank:
                 add_lora(lm, lora_rank, lora_alpha)
@@ -215,10 +225,7 @@ class ScoredCausalLM(nn.Module):
         self, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(logprobs[N], entropy[N]) of the micro-batch's response tokens, in float32 (float64 for a float64 model)."""
-        if self.packs:
-            hidden = self._hidden(batch.input_ids[None], position_ids=batch.position_ids[None])[0]  # [T, H]
-        else:
-            hidden = self._hidden_padded(batch)
+        hidden = self._hidden_packed(batch) if self.packs else self._hidden_padded(batch)  # [T, H]
         head = self.lm.get_output_embeddings()
         return token_logprobs(
             hidden[batch.response_index],
@@ -234,42 +241,51 @@ class ScoredCausalLM(nn.Module):
     def _hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         return self.lm.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
 
+    def _hidden_packed(self, batch: MicroBatch) -> Tensor:
+        device = batch.input_ids.device
+        return self._hidden(
+            batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            packing=Packing.of(batch.row_lengths, device),
+            attention_mask=torch.empty(1, 1, 0, 0, device=device),  # in four dimensions: transformers makes no other
+        )[0]
+
     def _hidden_padded(self, batch: MicroBatch) -> Tensor:
         """The same [T, H] by one padded row a sequence, for models whose layers see across packed sequences."""
-        starts = torch.nonzero(batch.position_ids == 0).squeeze(1)
-        row = torch.searchsorted(starts, torch.arange(len(batch.input_ids), device=starts.device), right=True) - 1
-        column = batch.position_ids
-        shape = (len(starts), int(column.max()) + 1)
-        input_ids = column.new_zeros(shape).index_put((row, column), batch.input_ids)
-        mask = column.new_zeros(shape).index_put((row, column), torch.ones_like(column))
-        return self._hidden(input_ids, attention_mask=mask)[row, column]
+        ids = pad_sequence(batch.input_ids.split(batch.row_lengths), batch_first=True)
+        mask = pad_sequence(torch.ones_like(batch.input_ids).split(batch.row_lengths), batch_first=True)
+        hidden = self._hidden(ids, attention_mask=mask)
+        return torch.cat([row[:length] for row, length in zip(hidden, batch.row_lengths, strict=True)])
 
     @torch.no_grad()
     def _check_forward(self) -> None:
         """Scores two tiny sequences and compares with the model's own logits, one sequence at a time.
 
-        Finds what no config says: whether this architecture can be packed by position_ids (then ``packs``; otherwise
-        it is padded), and whether its logits are more than a linear head of its last hidden states.
+        Finds what no config says: whether this architecture can be packed (then ``packs``; otherwise it is padded), and
+        whether its logits are more than a linear head of its last hidden states. Both are a matter of structure, so
+        they are looked at in the weights' own dtype.
         """
+        config = self.lm.config.get_text_config()
+        own = self.lm.config._attn_implementation
         if any(p.is_meta for p in self.lm.parameters()):
+            self.lm.set_attn_implementation(attention.NAME)
             return
         training = self.lm.training
         self.lm.eval()
-        vocabulary = self.lm.config.get_text_config().vocab_size
         device = next(self.lm.parameters()).device
-        sequences = [(torch.arange(2, 2 + n, device=device) * 37) % vocabulary for n in (7, 5)]
-        expected = torch.cat(
-            [
-                self.lm(input_ids=ids[None, :-1]).logits[0].float().log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
-                for ids in sequences
-            ]
-        )
+        sequences = [(torch.arange(2, 2 + n, device=device) * 37) % config.vocab_size for n in (7, 5)]
         batch = MicroBatch.from_sequences([(ids[:1].tolist(), ids[1:].tolist()) for ids in sequences]).to(device)
         tolerance = 1e-3 if next(self.lm.parameters()).dtype in (torch.float32, torch.float64) else 0.3
-        for self.packs in (True, False):
-            if torch.allclose(self.forward(batch)[0].float(), expected, rtol=0, atol=tolerance):
-                self.lm.train(training)
-                return
+        with torch.autocast(device.type, enabled=False):
+            logits = torch.cat([self.lm(input_ids=ids[None, :-1]).logits[0].float() for ids in sequences])
+            expected = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+            # Layers that attend in chunks are only seen in longer sequences than these.
+            for self.packs in (False,) if getattr(config, "attention_chunk_size", None) else (True, False):
+                self.lm.set_attn_implementation(attention.NAME if self.packs else own)
+                with suppress(NotImplementedError, TypeError):  # it can't, or takes no attention of ours
+                    if torch.allclose(self.forward(batch)[0].float(), expected, rtol=0, atol=tolerance):
+                        self.lm.train(training)
+                        return
         raise ConfigError(
             f"{type(self.lm).__name__} computes its logits in a way this scorer doesn't know (a linear head, an "
             "optional bias and final_logit_softcapping are supported). Choose a model of another architecture."

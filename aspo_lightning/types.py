@@ -95,12 +95,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row of T tokens with N response tokens; every field behind the third is flat over these N."""
+    """A packed row of T tokens with N response tokens; all fields from ``response_index`` on are flat over these N."""
 
     input_ids: Tensor
-    """[T]; sequences one behind the other, each without its last token (nothing is predicted from it)."""
+    """[T]; sequences one after the other, each without its last token (nothing is predicted from it)."""
     position_ids: Tensor
     """[T]; restarts at 0 with each sequence."""
+    row_lengths: tuple[int, ...]
+    """Tokens of each sequence in the row; T together."""
     response_index: Tensor
     """[N]; where in the row the token before each response token is: its hidden state predicts it."""
     targets: Tensor
@@ -136,6 +138,7 @@ class MicroBatch:
         """
         input_ids: list[int] = []
         position_ids: list[int] = []
+        row_lengths: list[int] = []
         response_index: list[int] = []
         targets: list[int] = []
         generated: list[float] = []
@@ -149,6 +152,7 @@ class MicroBatch:
             trained = [t for t in range(len(completion_ids)) if mask is None or mask[t]]
             input_ids += ids
             position_ids += range(len(ids))
+            row_lengths.append(len(ids))
             response_index += [first + t for t in trained]
             targets += [completion_ids[t] for t in trained]
             generated += [generator_logprobs[i][t] if generator_logprobs else 0.0 for t in trained]
@@ -163,6 +167,7 @@ class MicroBatch:
         return MicroBatch(
             input_ids=torch.tensor(input_ids or [0]),
             position_ids=torch.tensor(position_ids or [0]),
+            row_lengths=tuple(row_lengths or [1]),
             response_index=torch.tensor(response_index, dtype=torch.long),
             targets=torch.tensor(targets, dtype=torch.long),
             sequence_index=torch.arange(len(lengths)).repeat_interleave(repeats),
@@ -175,5 +180,6 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on ``device``."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
+        return MicroBatch(**{**values, **moved})

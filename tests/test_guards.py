@@ -128,7 +128,7 @@ class Dropout(ASPOModule):
     def configure_model(self):
         super().configure_model()
         for layer in self.policy.lm.model.layers:
-            layer.self_attn.attention_dropout = 0.1
+            layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.1))
 
 
 @pytest.mark.parametrize("kind", [OtherTemperature, OtherMask, Dropout])

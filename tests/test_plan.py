@@ -115,7 +115,7 @@ def test_what_is_advised_can_be_typed_and_does_what_it_says(strategy, planned, t
     MODELS["qwen3_4b"][0].save_pretrained(tmp_path)
     args = ["--config", "configs/recipes/qwen3_4b.yaml", "--model.model_name_or_path", str(tmp_path)]
     args += ["--trainer.strategy", strategy, "--gpu-memory", "42", "--model.gradient_checkpointing", "false"]
-    args += ["--trainer.precision", "32-true", "--data.token_budget", "12000", "--model.attn_implementation", "sdpa"]
+    args += ["--trainer.precision", "32-true", "--data.token_budget", "12000"]
     _, text, code = planned(*args)
     assert code == 1
     advice = re.findall(r"^  (--.+?)  +([\d.]+) GB(, fits)?$", text, re.MULTILINE)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aspo_lightning.attention import Packing
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.matmul import matmul, use_fast_linears
 from aspo_lightning.scorer import ScoredCausalLM, _chunk_size, token_logprobs
@@ -164,9 +165,9 @@ def test_dropout_is_switched_off(tmp_path):
 def test_a_model_that_mixes_packed_sequences_is_padded(tiny_model, monkeypatch):
     plain_forward = ScoredCausalLM._hidden
 
-    def one_long_sequence(self, input_ids, position_ids=None, **kwargs):
-        if position_ids is not None:  # as if the model didn't know that a position of 0 starts a sequence
-            kwargs["position_ids"] = torch.arange(input_ids.shape[1])[None]
+    def one_long_sequence(self, input_ids, packing=None, **kwargs):
+        if packing is not None:  # as if the model's layers didn't take notice of it
+            kwargs["packing"] = Packing.of([input_ids.shape[1]])
         return plain_forward(self, input_ids, **kwargs)
 
     monkeypatch.setattr(ScoredCausalLM, "_hidden", one_long_sequence)
@@ -249,7 +250,7 @@ def test_by_default_a_model_is_loaded_whole_in_float32_and_ready_to_train(tiny_m
     assert model.training
     assert model.lm.training
     assert not model.lm.is_gradient_checkpointing
-    assert model.lm.config._attn_implementation == "sdpa"
+    assert model.lm.config._attn_implementation == "packed"
     assert (model.chunk_size, model.softcap) == (None, None)
     logprobs, entropy = model(MicroBatch.from_sequences(SEQUENCES))
     assert logprobs.requires_grad
@@ -258,11 +259,8 @@ def test_by_default_a_model_is_loaded_whole_in_float32_and_ready_to_train(tiny_m
 
 
 def test_what_is_asked_of_a_model_is_what_is_loaded(tiny_model):
-    model = ScoredCausalLM.from_pretrained(
-        tiny_model, dtype=torch.bfloat16, attn_implementation="eager", chunk_size=50, gradient_checkpointing=True
-    )
+    model = ScoredCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16, chunk_size=50, gradient_checkpointing=True)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.lm.config._attn_implementation == "eager"
     assert model.chunk_size == 50
     assert model.lm.is_gradient_checkpointing
     for layer in model.lm.base_model.layers:
@@ -273,7 +271,7 @@ def test_a_model_without_weights_is_on_the_meta_device_and_assumed_to_pack(tiny_
     model = ScoredCausalLM.from_pretrained(tiny_model, weights=False, dtype=torch.bfloat16, lora_rank=2)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
-    assert model.lm.config._attn_implementation == "sdpa"
+    assert model.lm.config._attn_implementation == "packed"
     assert model.packs is True
 
 
@@ -330,7 +328,9 @@ def test_a_prompt_without_a_completion_is_a_row_without_targets():
 
 def test_a_moved_micro_batch_is_all_on_its_device():
     moved = MicroBatch.from_sequences(SEQUENCES).to("meta")
-    assert {getattr(moved, name).device.type for name in MicroBatch.__dataclass_fields__} == {"meta"}
+    assert {getattr(moved, name).device.type for name in MicroBatch.__dataclass_fields__ if name != "row_lengths"} == {
+        "meta"
+    }
 
 
 def test_an_entropy_carries_gradient_only_where_asked():
@@ -343,7 +343,7 @@ def test_the_fields_of_a_micro_batch_keep_their_types(sequences):
     values = {"advantages": [2], "loss_weights": [3], "generator_logprobs": [[-1]]} if sequences else {}
     batch = MicroBatch.from_sequences(sequences, **values)
     integers = {"input_ids", "position_ids", "response_index", "targets", "sequence_index"}
-    for name in MicroBatch.__dataclass_fields__:
+    for name in MicroBatch.__dataclass_fields__.keys() - {"row_lengths"}:
         assert getattr(batch, name).dtype == (torch.long if name in integers else torch.float32)
 
 

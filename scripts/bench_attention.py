@@ -1,0 +1,128 @@
+"""Attention over packed rows: its memory on a long row, and a phase with it against sdpa under the row's mask.
+
+    python scripts/bench_attention.py [--model FOLDER --tokens 34816 --repeats 5]
+
+1. A row of many tokens in one sequence and in sixteen, through a tiny model, forward and backward, each in a process of
+   its own: seconds and the peak of the process beyond what it held before.
+2. The quickstart's phase (64 sequences of 16 + 4 tokens) and one row of all of them: scoring and update with packed
+   attention and with sdpa, which computes the whole row and masks it, in turn. Without --model it is a random one of
+   the shape of SmolLM2-135M.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.types import MicroBatch
+
+
+class Masked(ScoredCausalLM):
+    """A packed row as transformers computes it from its position ids alone."""
+
+    def _hidden_packed(self, batch: MicroBatch) -> torch.Tensor:
+        return self._hidden(batch.input_ids[None], position_ids=batch.position_ids[None])[0]
+
+
+def row(lengths: list[int], prompt: int) -> MicroBatch:
+    """Random sequences of ``lengths`` tokens in the row, the first ``prompt`` of each its prompt's."""
+    draw = random.Random(0)
+    ids = [[draw.randrange(5, 128) for _ in range(n + 1)] for n in lengths]
+    return MicroBatch.from_sequences([(x[:prompt], x[prompt:]) for x in ids])
+
+
+def llama(**shape: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+
+
+def long_row(tokens: int, sequences: int) -> None:
+    """Prints seconds and MiB of one pass."""
+    lm = llama(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+    model = ScoredCausalLM(lm)
+    batch = row([tokens // sequences] * sequences, prompt=1)
+    model(row([64], prompt=1))[0].sum().backward()  # imports and threads aren't what is measured
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    model(batch)[0].sum().backward()
+    seconds = time.perf_counter() - start
+    mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(json.dumps({"seconds": seconds, "mib": mib}))
+
+
+def phase(models: dict[str, ScoredCausalLM], budget: int, repeats: int) -> None:
+    """Prints the ratios of a phase's times; the models are by their attention, and have the same weights."""
+    completions, length = 64, 20
+    each = min(completions, budget // length)
+    batches = [row([length] * min(each, completions - i), prompt=16) for i in range(0, completions, each)]
+
+    @torch.no_grad()
+    def score(model: ScoredCausalLM) -> None:
+        for batch in batches:
+            model(batch)
+
+    def update(model: ScoredCausalLM) -> None:
+        for batch in batches:
+            model(batch)[0].sum().backward()
+        model.zero_grad()
+
+    def seconds(work: Callable[[ScoredCausalLM], None], attention: str) -> float:
+        models[attention].lm.set_attn_implementation(attention)
+        start = time.perf_counter()
+        work(models[attention])
+        return time.perf_counter() - start
+
+    for name, work in (("scoring", score), ("update", update)):
+        times: dict[str, list[float]] = {"packed": [], "sdpa": []}
+        for repeat in range(repeats + 1):
+            for attention, taken in times.items():
+                value = seconds(work, attention)
+                if repeat:  # the first warms up
+                    taken.append(value)
+        ratios = [packed / masked for packed, masked in zip(times["packed"], times["sdpa"], strict=True)]
+        print(
+            f"{len(batches)} rows of {each * length} tokens, {name}: packed {spread(times['packed'])} s, sdpa "
+            f"{spread(times['sdpa'])} s; packed / sdpa {spread(ratios)}",
+            flush=True,
+        )
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--tokens", type=int, default=34_816)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sequences", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.sequences:
+        return long_row(options.tokens, options.sequences)
+    for sequences in (1, 16):
+        command = [sys.executable, __file__, "--tokens", str(options.tokens), "--sequences", str(sequences)]
+        outputs = [subprocess.check_output(command, text=True) for _ in range(min(3, options.repeats))]
+        measured = [json.loads(output.splitlines()[-1]) for output in outputs]
+        seconds, mib = (spread([each[key] for each in measured]) for key in ("seconds", "mib"))
+        print(f"{options.tokens} tokens in {sequences} sequences: {seconds} s, {mib} MiB", flush=True)
+    if options.model:
+        lm = ScoredCausalLM.from_pretrained(options.model).lm
+    else:
+        shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        lm = llama(**shape, num_attention_heads=9, num_key_value_heads=3)
+    for budget in (256, 2048):
+        phase({"packed": ScoredCausalLM(lm), "sdpa": Masked(lm)}, budget, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

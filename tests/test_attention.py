@@ -1,0 +1,162 @@
+"""Packed attention against softmax(q k^T) v by hand, one sequence at a time, in float64; and what it never makes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aspo_lightning import attention
+from aspo_lightning.attention import Packing, packed_attention
+from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.types import MicroBatch
+
+HEADS, KEY_HEADS, SIZE = 4, 2, 6
+
+
+def row(lengths, dtype=torch.float64, seed=0):
+    """query, key and value of a packed row."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(sum(lengths), heads, SIZE, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+
+
+def by_hand(query, key, value, lengths, scale=None, window=None):
+    scale = SIZE**-0.5 if scale is None else scale
+    outputs, start = [], 0
+    for length in lengths:
+        for t in range(start, start + length):
+            first = start if window is None else max(start, t + 1 - window)
+            for head in range(HEADS):
+                group = head * KEY_HEADS // HEADS
+                weights = (key[first : t + 1, group] @ query[t, head] * scale).softmax(0)
+                outputs.append(weights @ value[first : t + 1, group])
+        start += length
+    return torch.stack(outputs).view(sum(lengths), HEADS, SIZE)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([None, 0.3]), st.sampled_from([None, 1, 3]))
+def test_each_sequence_of_a_row_attends_to_itself_alone(lengths, scale, window):
+    leaves = row(lengths)
+    ours = packed_attention(*leaves, Packing.of(lengths), scale=scale, window=window)
+    expected = by_hand(*leaves, lengths, scale, window)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    toward = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
+    gradients = (torch.autograd.grad((x * toward).sum(), leaves) for x in (ours, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_in_fewer_bits_it_is_as_near_as_they_allow(dtype, tolerance):
+    lengths = [40, 3, 17, 16, 1]
+    ours = packed_attention(*row(lengths, dtype), Packing.of(lengths))
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), by_hand(*row(lengths), lengths), rtol=0, atol=tolerance)
+
+
+def test_sequences_of_like_length_are_computed_together():
+    packing = Packing.of([5, 100, 4, 80, 1])
+    assert [tuple(batch.index.shape) for batch in packing.batches] == [(2, 100), (2, 5), (1, 1)]
+    assert packing.bounds.tolist() == [0, 5, 105, 109, 189, 190]
+    assert packing.bounds.dtype == torch.int32
+    assert packing.longest == 100
+
+
+def test_a_gpus_kernel_gets_16_bits_the_bounds_and_the_window(monkeypatch):
+    """The kernel's arguments, from a stand-in that computes what the kernel's documentation says."""
+    calls = []
+
+    def kernel(query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+        assert enable_gqa
+        assert longest_q == longest_k == 5
+        assert bounds_q is bounds_k
+        left, right = window_size
+        assert right == 0
+        calls.append(bounds_q.tolist())
+        lengths = bounds_q.diff().tolist()
+        return by_hand(query.double(), key.double(), value.double(), lengths, scale, left + 1 if left >= 0 else None)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
+    lengths = [3, 5, 1]
+    exact = [x.to(torch.bfloat16).double() for x in row(lengths)]
+    for window in (None, 2):
+        ours = packed_attention(*row(lengths, torch.bfloat16), Packing.of(lengths), scale=0.5, window=window)
+        torch.testing.assert_close(ours, by_hand(*exact, lengths, 0.5, window))
+    assert calls == [[0, 3, 8, 9]] * 2
+
+
+def sequences(lengths, vocabulary=128):
+    """Rows of ``lengths`` tokens: the last token of a sequence isn't in its row."""
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(vocabulary, (n + 1,), generator=draw).tolist() for n in lengths]
+    return [(x[:1], x[1:]) for x in ids]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, in numbers."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("lengths", [[600], [150] * 4])
+def test_nothing_of_the_rows_length_squared_is_ever_made(tiny_model, lengths):
+    model = ScoredCausalLM.from_pretrained(tiny_model, gradient_checkpointing=True)
+    batch = MicroBatch.from_sequences(sequences(lengths))
+    with Largest() as largest:
+        model(batch)[0].sum().backward()
+    assert 128 * 600 <= largest.numel < 600**2 / 3  # the logits of a chunk are the largest
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral", "Qwen3Moe", "Gemma3"])
+def test_a_window_of_the_model_holds_within_a_packed_row(tmp_path, kind):
+    import transformers
+
+    config_class = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    config = config_class(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        use_sliding_window=True,
+        max_window_layers=0,
+        initializer_range=0.3,
+        **({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if kind == "Qwen3Moe" else {}),
+    )
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = ScoredCausalLM.from_pretrained(str(tmp_path))
+    assert model.packs
+    rows = sequences([12, 7, 12])
+    expected = []
+    for prompt, completion in rows:
+        ids = torch.tensor([*prompt, *completion])
+        logits = plain(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
+        expected.append(logits.gather(1, ids[1:, None]).squeeze(1))
+    torch.testing.assert_close(model(MicroBatch.from_sequences(rows))[0], torch.cat(expected), rtol=0, atol=1e-4)
+
+
+def test_what_packed_attention_cannot_do_is_padded(tmp_path):
+    """Gemma 2 caps its attention's products."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=128, head_dim=16, num_key_value_heads=1, **settings)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    assert not ScoredCausalLM.from_pretrained(str(tmp_path)).packs
