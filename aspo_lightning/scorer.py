@@ -5,7 +5,7 @@ Axes: T tokens of a packed row, N response tokens, H hidden size, V vocabulary, 
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,29 +67,20 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad):
-        dtype = _logit_dtype(hidden)
-        n = len(hidden)
-        target_logits = hidden.new_zeros(n, dtype=dtype)
-        top = hidden.new_full((n,), torch.finfo(dtype).min, dtype=dtype)  # running maximum m
-        total = hidden.new_zeros(n, dtype=dtype)  # sum of e^(l - m)
-        moment = hidden.new_zeros(n, dtype=dtype)  # sum of (l - m) e^(l - m)
+        dtype, n = _logit_dtype(hidden), len(hidden)
+        zeros = hidden.new_zeros(n, dtype=dtype)
+        sums = Sums(zeros, hidden.new_full((n,), torch.finfo(dtype).min, dtype=dtype), zeros, zeros)
+        add = _add_compiled if hidden.is_cuda else _add
         for v in _chunks(len(weight), chunk_size):
             logits, _ = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)  # [N, B]
-            column, inside = _targets_in(targets, v)
-            target_logits += logits.gather(1, column).squeeze(1) * inside
-            new_top = torch.maximum(top, logits.amax(1))
-            shift = top - new_top
-            exp = logits.sub_(new_top[:, None]).exp()
-            moment = shift.exp() * (moment + shift * total) + torch.linalg.vecdot(exp, logits)
-            total = shift.exp() * total + exp.sum(1)
-            top = new_top
-        lse = top + total.log()
-        entropy = total.log() - moment / total
+            sums = add(sums, logits, targets - v.start)
+        lse = sums.top + sums.total.log()
+        entropy = sums.total.log() - sums.moment / sums.total
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.settings = (temperature, softcap, chunk_size, entropy_grad)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
-        return target_logits - lse, entropy
+        return sums.target - lse, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
@@ -99,18 +90,13 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias else None
+        if not entropy_grad:
+            grad_entropy = None
+        gradient = _gradient_compiled if hidden.is_cuda else _gradient
         hidden_t = hidden.T.contiguous() if need_weight else hidden.T  # once, not for each chunk's product
         for v in _chunks(len(weight), chunk_size):
             logits, slope = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)
-            # d logp[target] / d logit_v = [v = target] - p_v;   d entropy / d logit_v = -p_v (log p_v + entropy)
-            logits.sub_(lse[:, None])
-            if entropy_grad:
-                scale = grad_logprobs[:, None] + grad_entropy[:, None] * (logits + entropy[:, None])
-                grad = logits.exp_().mul_(scale).neg_()
-            else:
-                grad = logits.exp_().mul_(-grad_logprobs[:, None])
-            column, inside = _targets_in(targets, v)
-            grad.scatter_add_(1, column, (grad_logprobs * inside)[:, None])
+            grad = gradient(logits, targets - v.start, lse, entropy, grad_logprobs, grad_entropy)
             if slope is not None:
                 grad.mul_(slope)
             if temperature != 1:
@@ -140,14 +126,59 @@ def _logits(hidden, weight, bias, temperature, softcap) -> tuple[Tensor, Tensor 
     return (logits.div_(temperature) if temperature != 1 else logits), slope
 
 
-def _targets_in(targets: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-    """(columns[N, 1] of the targets in a chunk of the vocabulary, whether they fall into it[N]).
+class Sums(NamedTuple):
+    """What is known of each token's softmax after some chunks of the vocabulary; all [N]."""
+
+    target: Tensor
+    """Logit of the target, 0 as long as it hasn't come."""
+    top: Tensor
+    """Maximum m of the logits l."""
+    total: Tensor
+    """Sum of e^(l - m)."""
+    moment: Tensor
+    """Sum of (l - m) e^(l - m)."""
+
+
+def _add(sums: Sums, logits: Tensor, column: Tensor) -> Sums:
+    """The sums with a chunk's logits[N, B], whose buffer is used up.
+
+    ``column``[N] is where each target is from the chunk's beginning: within the chunk, before or after it.
+    """
+    at, inside = _place(column, logits.shape[1])
+    target = torch.where(inside, logits.gather(1, at).squeeze(1), sums.target)
+    top = torch.maximum(sums.top, logits.amax(1))
+    shift = sums.top - top
+    exp = logits.sub_(top[:, None]).exp()
+    moment = shift.exp() * (sums.moment + shift * sums.total) + torch.linalg.vecdot(exp, logits)
+    return Sums(target, top, shift.exp() * sums.total + exp.sum(1), moment)
+
+
+def _gradient(
+    logits: Tensor, column: Tensor, lse: Tensor, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """The gradient[N, B] of a chunk's logits, whose buffer it takes.
+
+    d logp[target] / d logit_v = [v = target] - p_v;   d entropy / d logit_v = -p_v (log p_v + entropy)
+    """
+    at, inside = _place(column, logits.shape[1])
+    logits.sub_(lse[:, None])
+    scale = grad_logprobs[:, None]
+    if grad_entropy is not None:
+        scale = scale + grad_entropy[:, None] * (logits + entropy[:, None])
+    return logits.exp_().mul_(-scale).scatter_add_(1, at, (grad_logprobs * inside)[:, None])
+
+
+def _place(column: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(columns[N, 1] that are within a chunk of ``size``, whether they were[N]).
 
     Those outside get some column inside: picking them out would have the host wait for the device.
     """
-    column = targets - chunk.start
-    inside = (column >= 0) & (targets < chunk.stop)
-    return column.clamp(0, chunk.stop - chunk.start - 1)[:, None], inside
+    return column.clamp(0, size - 1)[:, None], (column >= 0) & (column < size)
+
+
+# Each pass over a chunk's logits becomes one kernel. On a CPU compiling takes longer than it saves.
+_add_compiled = torch.compile(_add, dynamic=True)
+_gradient_compiled = torch.compile(_gradient, dynamic=True)
 
 
 def _chunk_size(n: int, device: torch.device) -> int:

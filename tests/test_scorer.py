@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aspo_lightning import scorer
 from aspo_lightning.attention import Packing
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.matmul import matmul, use_fast_linears
@@ -60,6 +61,47 @@ def test_chunks_by_default_change_nothing(n):
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     grads, expected_grads = (torch.autograd.grad(x.square().sum(), [hidden, weight]) for x in (ours, expected))
     torch.testing.assert_close(grads, expected_grads, rtol=1e-10, atol=1e-10)
+
+
+def test_under_autocast_the_heads_factors_have_16_bits_and_its_logits_32():
+    hidden, weight, _, targets = head(v=3000, h=64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = token_logprobs(hidden, weight, targets, chunk_size=512)
+    logprobs.sum().backward()
+    rounded = [x.detach().to(torch.bfloat16).double().requires_grad_() for x in (hidden, weight)]
+    expected = plain(*rounded, targets)[0]
+    expected.sum().backward()
+    assert logprobs.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip((hidden, weight), rounded, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0.01, atol=0.01)
+
+
+def test_the_host_never_waits_for_a_value():
+    """On the meta device there are none: what asks for one, as nonzero does, raises."""
+    hidden, weight, bias, targets = (x.detach().to("meta") for x in head(n=13, v=37))
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    logprobs, entropy = scorer._TokenLogprobs.apply(*leaves, targets, 0.7, 30.0, 5, True)
+    (logprobs + entropy).sum().backward()
+    assert [leaf.grad.shape for leaf in leaves] == [(13, 8), (37, 8), (37,)]
+
+
+def test_what_a_gpu_compiles_computes_the_same():
+    """Of two chunks, so that sizes are dynamic; on a CPU by the same compiler."""
+    hidden, weight, _, targets = head(n=13, v=37, dtype=torch.float32)
+    zeros = torch.zeros(13)
+    lse, entropy = (hidden @ weight.T).logsumexp(1), zeros + 0.3
+    for add, gradient in ((scorer._add, scorer._gradient), (scorer._add_compiled, scorer._gradient_compiled)):
+        sums, slopes = scorer.Sums(zeros, zeros - 1e30, zeros, zeros), []
+        for v in (slice(0, 20), slice(20, 37)):
+            logits = (hidden @ weight[v].T).detach()
+            sums = add(sums, logits.clone(), targets - v.start)
+            slopes += [gradient(logits, targets - v.start, lse.detach(), entropy, zeros + 2, zeros + 0.5)]
+        torch.testing.assert_close(sums.top + sums.total.log(), lse)
+        torch.testing.assert_close(sums.target, (hidden @ weight.T).gather(1, targets[:, None]).squeeze(1))
+        p = (hidden @ weight.T).softmax(1)
+        one_hot = torch.nn.functional.one_hot(targets, 37)
+        torch.testing.assert_close(torch.cat(slopes, 1), 2 * (one_hot - p) - 0.5 * p * (p.log() + 0.3))
 
 
 def test_large_logits_stay_exact():
