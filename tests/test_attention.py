@@ -1,5 +1,10 @@
 """Packed attention against softmax(q k^T) v by hand, one sequence at a time, in float64; and what it never makes."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +16,7 @@ from aspo_lightning.attention import Packing, packed_attention
 from aspo_lightning.scorer import ScoredCausalLM
 from aspo_lightning.types import MicroBatch
 
+ROOT = Path(__file__).parent.parent
 HEADS, KEY_HEADS, SIZE = 4, 2, 6
 
 
@@ -117,6 +123,14 @@ def test_nothing_of_the_rows_length_squared_is_ever_made(tiny_model, lengths):
     with Largest() as largest:
         model(batch)[0].sum().backward()
     assert 128 * 600 <= largest.numel < 600**2 / 3  # the logits of a chunk are the largest
+
+
+def test_a_row_of_many_sequences_takes_no_more_memory_than_one_sequence_of_its_length():
+    def mib(sequences: int) -> float:
+        command = [sys.executable, "scripts/bench_attention.py", "--tokens", "8192", "--sequences", str(sequences)]
+        return json.loads(subprocess.check_output(command, cwd=ROOT, text=True).splitlines()[-1])["mib"]
+
+    assert mib(16) < 1.1 * mib(1)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral", "Qwen3Moe", "Gemma3"])
