@@ -1,6 +1,7 @@
 """RolloutDataModule: Lightning hooks that make each epoch's data by sampling from the current policy."""
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Protocol, cast
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from aspo_lightning.advantages import AdvantageEstimator
@@ -229,6 +231,7 @@ class RolloutDataModule(LightningDataModule):
         if self.trainer is not None:  # None: called by hand, for a look at the prompts
             check_agreement(self._policy, self.model_name_or_path, self.sampling.temperature)
             check_shared_engines(self.engine, self.trainer.world_size)
+            check_engine_devices(self.engine, self.trainer.device_ids)
             if stage == "fit":
                 check_trainer(self.trainer, self.phase)
         if self.train_task is None and stage == "fit":
@@ -236,8 +239,13 @@ class RolloutDataModule(LightningDataModule):
         if not self.val_tasks and stage != "fit":
             raise ConfigError("There is nothing to evaluate: data.val isn't set. See configs/eval and the README.")
         self._forget_phase()  # of a fit that failed
-        if self.train_prompts or self.val_prompts:
-            return
+        if not (self.train_prompts or self.val_prompts):
+            self._prepare()
+        if self.trainer is not None and not self._started:
+            self._start_engine(self.trainer)
+
+    def _prepare(self) -> None:
+        """Makes all that the model's config and the prompts decide."""
         config = load_config(self.model_name_or_path)
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and self.context_length > context:
@@ -265,6 +273,16 @@ class RolloutDataModule(LightningDataModule):
                 "An environment's replies are made on each rank, and ranks that share an engine (tensor_parallel_size "
                 f"{size}) need the same ones. Set tensor_parallel_size to 1, or leave the environment out of the tasks."
             )
+
+    def _start_engine(self, trainer: Trainer) -> None:
+        """While the GPU still is empty: an engine takes its share of the whole, and then sleeps until weights come."""
+        if trainer.world_size > 1:
+            # vLLM looks for them; Lightning leaves out the first with its own launcher, under SLURM both.
+            os.environ.update(RANK=str(trainer.global_rank), LOCAL_RANK=str(trainer.local_rank))
+        with engine_errors(at_start=True), isolate_rng():  # vLLM seeds torch, and adapters aren't drawn yet
+            self.engine.start(self.model_name_or_path, context_length=self.context_length)
+            self.engine.sleep()
+        self._started = True
 
     def train_dataloader(self) -> Phase:
         """The micro-batches of the epoch that comes next; sampled once, however often this is called."""
@@ -419,9 +437,6 @@ class RolloutDataModule(LightningDataModule):
         Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be told
         from the outside.
         """
-        if not self._started:
-            self.engine.start(self.model_name_or_path, context_length=self.context_length)
-            self._started = True
         start = time.perf_counter()
         with engine_errors():
             self.engine.sync_weights(self._policy.policy_weights())
@@ -462,6 +477,21 @@ def check_shared_engines(engine: Generator, ranks: int) -> None:
         raise ConfigError(
             f"data.engine shares an engine among tensor_parallel_size {engine.tensor_parallel_size} ranks, but there "
             f"are {ranks}; it must divide them."
+        )
+
+
+def check_engine_devices(engine: Generator, device_ids: Sequence[int]) -> None:
+    """Raises ConfigError if vLLM, which takes this machine's GPUs in their order, would be on others than the trainer.
+
+    Args:
+        engine: what samples.
+        device_ids: of the trainer's GPUs on this machine, by rank.
+    """
+    if isinstance(engine, VLLMEngine) and list(device_ids) != list(range(len(device_ids))):
+        raise ConfigError(
+            f"trainer.devices chooses GPU {', '.join(map(str, device_ids))}, but VLLMEngine takes a machine's GPUs from "
+            "the first on. Name those you want in the environment variable CUDA_VISIBLE_DEVICES, like 4,5, and give "
+            f"trainer.devices their number, {len(device_ids)}."
         )
 
 

@@ -59,18 +59,10 @@ class Fault(Callback):
             "checkpoint": (checkpoints, "sync_to_disk"),
             "saved": (trainer._logger_connector, "on_epoch_end"),
             "update": (None, ""),
-            "engine": (None, ""),
+            "engine": (getattr(data.engine, "_llm", None) and data.engine._llm.llm_engine, "step"),
             "broken": (data.engine, "sync_weights"),
         }[self.part]
-        if self.part == "engine":
-            original_start = data.engine.start
-
-            def start(*args, **kwargs):
-                original_start(*args, **kwargs)
-                self.wrap(data.engine._running().llm_engine, "step", trainer)
-
-            data.engine.start = start
-        elif owner is not None:
+        if owner is not None:
             self.wrap(owner, name, trainer)
 
     def wrap(self, owner, name, trainer):

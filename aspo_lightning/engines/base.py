@@ -33,14 +33,19 @@ def ignore(index: int, completion: Completion) -> None:
 
 
 @contextmanager
-def engine_errors() -> Iterator[None]:
-    """Turns what an engine raises in here into EngineError."""
+def engine_errors(*, at_start: bool = False) -> Iterator[None]:
+    """Turns what an engine raises in here into EngineError.
+
+    What it raises ``at_start`` into ConfigError: it would be the same after a restart, like too little memory.
+    """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        if at_start:
+            raise ConfigError(f"The engine can't be started ({reason}).") from error
         raise EngineError(f"The engine broke ({reason}). Nothing of this phase was trained on.") from error
 
 

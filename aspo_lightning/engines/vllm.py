@@ -3,7 +3,8 @@
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
@@ -74,7 +75,6 @@ class VLLMEngine(Generator):
         distributed: dict[str, Any] = {}
         if dist.is_initialized() and dist.get_world_size() > 1:
             # An engine a rank, inside the trainer's process group.
-            os.environ.setdefault("RANK", str(dist.get_rank()))  # Lightning's own launcher leaves it out
             distributed = {
                 "distributed_executor_backend": "external_launcher",
                 "tensor_parallel_size": self.tensor_parallel_size,
@@ -92,17 +92,20 @@ class VLLMEngine(Generator):
             "block_size": 32,  # the default of 128 would take a whole block for each short completion
             "enforce_eager": True,
         }
-        self._llm = LLM(
-            model=model_name_or_path,
-            dtype=("float32" if on_cpu else "bfloat16") if self.dtype == "auto" else self.dtype,
-            max_model_len=context_length,
-            max_num_seqs=self.max_num_seqs,
-            kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
-            **(cpu_settings if on_cpu else {"enforce_eager": self.enforce_eager, "enable_sleep_mode": True}),
-            **distributed,
-        )
+        with _no_bound_device():
+            self._llm = LLM(
+                model=model_name_or_path,
+                dtype=("float32" if on_cpu else "bfloat16") if self.dtype == "auto" else self.dtype,
+                # Not 16-bit logits, which move the log-prob of an uncertain token by some percent.
+                hf_overrides={"head_dtype": "float32"},
+                max_model_len=context_length,
+                max_num_seqs=self.max_num_seqs,
+                kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
+                **(cpu_settings if on_cpu else {"enforce_eager": self.enforce_eager, "enable_sleep_mode": True}),
+                **distributed,
+            )
 
     def generate(
         self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
@@ -179,6 +182,25 @@ class VLLMEngine(Generator):
         if self._llm is None:
             raise RuntimeError("the engine has not been started")
         return self._llm
+
+
+@contextmanager
+def _no_bound_device() -> Iterator[None]:
+    """Has vLLM make its process groups as it does under torchrun, where the trainer's group is bound to no GPU.
+
+    Lightning binds it. torch then splits new groups off its NCCL communicator, and the ranks outside of a gloo group
+    split too while those inside don't: whether they wait for each other for ever depends on which groups come next.
+    VLLM_DISTRIBUTED_USE_SPLIT_GROUP would ask for a trainer's group with gloo in it, which DDP's hasn't.
+    """
+    world = dist.group.WORLD if dist.is_initialized() else None
+    if world is None:
+        yield
+        return
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def _completion(output: "CompletionOutput") -> Completion:
