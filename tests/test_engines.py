@@ -1,5 +1,10 @@
 """Both engines, the real ones, against the trainer's own scorer."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -143,6 +148,60 @@ def test_after_a_sync_the_engine_samples_from_the_new_weights(engine, policy):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     stale, old = scored(policy, before_requests, before)
     assert (stale - old).abs().mean() > 0.1  # the new weights are really others
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "untied_model", "mixture"])
+def test_in_bfloat16_logits_are_not_rounded(request, name):
+    """Against a float32 product of what the engine's own layers gave, for logits of about 10, as real models have."""
+    engine = VLLMEngine(dtype="bfloat16", kv_cache_gib=0.05)
+    engine.start(request.getfixturevalue(name), context_length=64)
+    policy = ScoredCausalLM.from_pretrained(request.getfixturevalue(name))
+    head = policy.lm.get_output_embeddings().weight
+    with torch.no_grad():
+        policy.lm.model.norm.weight *= 6
+        head += 0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(1))
+    hidden = []
+    engine.sync_weights(full_weights(policy.lm))
+
+    def watch(model):
+        model.logits_processor.register_forward_pre_hook(lambda _, arguments: hidden.append(arguments[1].clone()))
+
+    engine._running().apply_model(watch)
+    differences = []
+    for seed in range(4):
+        ((_,), (completion,)) = sample(engine, seeds=[seed], temperature=1.0, prompts=PROMPTS[:1])
+        logits = torch.cat(hidden).float() @ head.bfloat16().float().T
+        ids = torch.tensor(completion.completion_ids)[:, None]
+        exact = logits.log_softmax(-1).gather(1, ids).squeeze(1)
+        differences.append((exact - torch.tensor(completion.generator_logprobs)).abs())
+        hidden.clear()
+    assert torch.cat(differences).max() < 1e-5  # with 16-bit logits 0.09
+
+
+def test_groups_of_the_engine_are_bound_to_no_gpu_and_the_trainers_is_again(tiny_model):
+    """As Lightning binds it: torch splits the groups that follow off its NCCL communicator then, which may hang."""
+    program = f"""
+import os, torch
+from torch import distributed as dist
+from aspo_lightning.engines import VLLMEngine
+dist.init_process_group("gloo", rank=0, world_size=1)
+dist.group.WORLD.bound_device_id = torch.device("cuda:0")
+VLLMEngine(kv_cache_gib=0.05).start({tiny_model!r}, context_length=64)
+from vllm.distributed import parallel_state
+groups = [parallel_state.get_world_group(), parallel_state.get_tp_group()]
+print([g.bound_device_id for group in groups for g in (group.cpu_group, group.device_group)])
+print(dist.group.WORLD.bound_device_id)
+"""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    )
+    assert result.stdout.splitlines()[-2:] == ["[None, None, None, None]", "cuda:0"], result.stderr[-3000:]
 
 
 def test_transformers_refuses_the_weights_of_another_model(tiny_model, untied_model):

@@ -16,6 +16,7 @@ from aspo_lightning.guards import CollapseGuard, NonFiniteGuard, Probe, RatioCan
 from aspo_lightning.run_folder import RunFolder, RunRecord
 from aspo_lightning.scorer import ScoredCausalLM
 from aspo_lightning.types import MicroBatch
+from tests.conftest import save_model, save_tokenizer
 from tests.one_step import make_groups
 from tests.test_module import Phases, adam, fit
 
@@ -208,6 +209,57 @@ def test_the_probe_catches_weights_that_are_not_finite(probed, engine):
         look(probe, engine, policy)
     engine.sync_weights(policy.lm.named_parameters())
     look(probe, engine, policy)
+
+
+@pytest.fixture(scope="module", params=[{}, {"num_hidden_layers": 8, "initializer_range": 0.1}], ids=["2", "8"])
+def in_bfloat16(request, tmp_path_factory):
+    """Models of two layers and of eight, the engine in bfloat16."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, max_position_embeddings=256, **request.param)
+    save_tokenizer(folder)
+    engine = VLLMEngine(dtype="bfloat16", kv_cache_gib=0.05)
+    engine.start(str(folder), context_length=160)
+    return str(folder), engine
+
+
+def test_in_bfloat16_no_first_look_is_so_lucky_that_a_later_one_ends_the_run(in_bfloat16):
+    """50 looks, each at weights that differ a little: what rounding does to them is drawn anew."""
+    folder, engine = in_bfloat16
+    policy, base = ScoredCausalLM.from_pretrained(folder), ScoredCausalLM.from_pretrained(folder)
+    probe, looks = Probe(128, 160, 1.0, factor=20.0), []
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter, at_first in zip(policy.lm.parameters(), base.lm.parameters(), strict=True):
+                parameter.copy_(at_first + 1e-2 * torch.randn(at_first.shape, generator=generator).sign())
+        engine.sync_weights(policy.lm.named_parameters())
+        batch = probe.sample(engine)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            looks.append((batch, policy(batch, temperature=1.0)[0]))
+    for look in looks:
+        probe.first = None
+        probe.check(*look)
+        for later in looks:
+            probe.check(*later)
+    differences = [(logprobs - batch.generator_logprobs).abs().mean() for batch, logprobs in looks]
+    assert max(differences) < 4 * min(differences)
+    assert min(differences) > 1e-3  # the engine does compute in bfloat16
+
+
+def test_in_bfloat16_the_probe_catches_the_weights_of_another_model(in_bfloat16):
+    folder, engine = in_bfloat16
+    policy, probe = ScoredCausalLM.from_pretrained(folder), Probe(128, 160, 1.0, factor=20.0)
+    weights = dict(policy.lm.named_parameters())
+    for swapped in (None, "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        engine.sync_weights((n, p.flip(0) if n == swapped else p) for n, p in weights.items())
+        batch = probe.sample(engine)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logprobs = policy(batch, temperature=1.0)[0]
+        if swapped is None:
+            probe.check(batch, logprobs)
+        else:
+            with pytest.raises(ConfigError, match="doesn't sample from the policy's weights"):
+                probe.check(batch, logprobs)
 
 
 def curves(entropy, accuracy, clip=0.01, repetition=0.0):

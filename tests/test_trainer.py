@@ -13,8 +13,9 @@ from torch.optim.swa_utils import get_ema_avg_fn
 
 from aspo_lightning import ASPOModule, RolloutDataModule
 from aspo_lightning.callbacks import PhaseReport
+from aspo_lightning.datamodule import check_engine_devices
 from aspo_lightning.engines import TransformersEngine, VLLMEngine
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.guards import CollapseGuard
 from aspo_lightning.identity import describe, incidental
 from aspo_lightning.tasks import Dataset
@@ -119,6 +120,70 @@ def test_what_is_scored_as_the_reference_is_not_the_policy(parts):
     trainer(curves).fit(module, data)
     batch = next(b for b in curves.phases[1] if len(b.targets))
     assert (batch.ref_logprobs - batch.old_logprobs).abs().max() > 1e-2
+    data.close()
+
+
+def test_the_engine_starts_before_the_model_is_loaded_and_sleeps_until_weights_come(parts):
+    """It asks for a share of the whole GPU. What it draws at random isn't taken from the adapters' beginnings."""
+    order, draws = [], []
+
+    class Watched(TransformersEngine):
+        def start(self, *args, **kwargs):
+            order.append("start")
+            torch.manual_seed(5)  # as vLLM does
+            super().start(*args, **kwargs)
+
+        def sleep(self):
+            order.append("sleep")
+            return super().sleep()
+
+        def sync_weights(self, named_tensors):
+            order.append("sync")
+            super().sync_weights(named_tensors)
+
+    class Module(ASPOModule):
+        def configure_model(self):
+            order.append("load")
+            draws.append(torch.rand(1))
+            super().configure_model()
+
+    _, data = parts(engine=Watched())
+    module = Module(data.model_name_or_path, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lora_rank=2)
+    torch.manual_seed(7)
+    trainer(max_epochs=1).fit(module, data)
+    assert order[:4] == ["start", "sleep", "load", "sync"]
+    assert order.count("start") == 1
+    assert draws[0] == torch.rand(1, generator=torch.Generator().manual_seed(7))
+    data.close()
+    order.clear()
+    trainer(max_epochs=1).validate(module, data, verbose=False)
+    assert order[0] == "start"  # again: it was stopped
+    data.close()
+
+
+def test_an_engine_that_cannot_start_is_told_in_one_line(parts):
+    module, data = parts(engine=VLLMEngine(kv_cache_gib=1e-5))
+    message = r"The engine can't be started \(ValueError: No available memory for the cache blocks"
+    with pytest.raises(ConfigError, match=message) as error:
+        trainer().fit(module, data)
+    assert "\n" not in str(error.value)
+    assert not isinstance(error.value, EngineError)  # which has a run start again, to end alike
+    assert module.policy is None
+    data.close()
+
+
+def test_gpus_that_the_engine_would_not_take_are_refused(parts):
+    _, data = parts(engine=VLLMEngine())
+    check_engine_devices(data.engine, [0, 1])
+    check_engine_devices(TransformersEngine(), [4, 5])  # is where the trainer is
+    with pytest.raises(ConfigError, match="chooses GPU 4, 5, but VLLMEngine .* CUDA_VISIBLE_DEVICES, like 4,5, .*, 2"):
+        check_engine_devices(data.engine, [4, 5])
+    module, data = parts(engine=VLLMEngine())
+    runner = trainer()
+    runner.strategy._root_device = torch.device("cuda:1")  # of a machine with two
+    data.trainer, runner.strategy._lightning_module = runner, module
+    with pytest.raises(ConfigError, match="trainer.devices chooses GPU 1, but VLLMEngine takes"):
+        data.setup("fit")
     data.close()
 
 
