@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 
 from aspo_lightning.engines.access import TOKEN, headers
 from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
-from aspo_lightning.engines.transfer import Stream
+from aspo_lightning.engines.transfer import CHECK_S, Stream
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 CONNECTIONS = 256  # to a server at a time: as many completions as it samples by default, and few enough open files
-HEALTH_TIMEOUT_S = 10.0  # a server that samples or takes weights answers in between
+HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in between
 
 
 class VLLMServers(Generator):
@@ -131,11 +131,22 @@ class VLLMServers(Generator):
 
             async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers()) as client:
                 tasks = [asyncio.create_task(complete(client, i, request)) for i, request in enumerate(requests)]
+                everything: asyncio.Future[list[Completion]] = asyncio.gather(*tasks)
+                watch: asyncio.Future[Any] = asyncio.create_task(self._watch())
                 try:
-                    return list(await asyncio.gather(*tasks))
+                    await asyncio.wait((everything, watch), return_when=asyncio.FIRST_COMPLETED)
+                    if watch.done():
+                        watch.result()
+                    return await everything
                 finally:
-                    for task in tasks:
+                    for task in (*tasks, watch):
                         task.cancel()  # the others, when one failed
+
+    async def _watch(self) -> None:
+        """Raises when a server doesn't answer: one that froze, or whose machine is gone, closes no connection."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            await asyncio.to_thread(self._check_health)
 
     @property
     def copies(self) -> int:
