@@ -174,7 +174,8 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     assert len(scalars(run)["policy/loss"]) == epochs + 1
 
 
-def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers):
+@pytest.mark.parametrize("part", ["all of it", "its engine"])
+def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, part):
     weights = load_file(f"{model}/model.safetensors")
     request = SamplingRequest((5, 6, 7), 8, seed=1)
     alone = VLLMServers([servers[0].url])
@@ -190,8 +191,12 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers):
 
     def until_one_is_lost():
         for i, named in enumerate(weights.items()):
-            if i == 3:
+            if i == 3 and part == "all of it":
                 lost.signal(signal.SIGKILL)
+            elif i == 3:
+                pid = lost.process.pid
+                for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
             yield named
 
     both = VLLMServers([servers[0].url, lost.url])

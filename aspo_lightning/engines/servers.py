@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ipaddress import ip_address
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
@@ -206,6 +206,7 @@ class VLLMServers(Generator):
         except BaseException as error:
             stream.close()  # the other servers still wait for the next tensor
             if isinstance(error, ConnectionError):
+                wait(self._updates, timeout=CHECK_S)  # a server learns a moment later that its engine is gone
                 self._check_health()  # names the one that is gone
                 raise ConfigError(
                     f"A vLLM server of {self.urls} doesn't take the weights of {self._model_name}: see its own output. "
@@ -266,6 +267,8 @@ class VLLMServers(Generator):
             raise lost(url, error) from error
         if response.status_code == httpx.codes.OK:
             return response.json() if response.content else None
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise lost(url, "its engine is dead")
         if otherwise and response.status_code != httpx.codes.UNAUTHORIZED:
             self._ask(url, method, otherwise)
             return self._ask(url, method, path)
@@ -321,9 +324,9 @@ def refuse(url: str, path: str, response: httpx.Response) -> NoReturn:
     )
 
 
-def lost(url: str, error: Exception) -> ConfigError:
-    reason = str(error) or type(error).__name__
+def lost(url: str, reason: Exception | str) -> ConfigError:
+    why = str(reason) or type(reason).__name__
     return ConfigError(
-        f"The vLLM server at {url} doesn't answer ({reason}). Nothing of the phase in the making is trained on. Start "
+        f"The vLLM server at {url} doesn't answer ({why}). Nothing of the phase in the making is trained on. Start "
         "the server again by scripts/serve.sh and resume with the command that the run printed."
     )
