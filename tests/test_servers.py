@@ -1,21 +1,41 @@
 """vLLM servers as the engine of a run: two real ones on loopback, as `scripts/serve.sh` starts them."""
 
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 from transformers import GenerationConfig
 
-from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers
+from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers, transfer
+from aspo_lightning.engines.access import RequireToken
+from aspo_lightning.engines.servers import meeting_point, seen_by
+from aspo_lightning.engines.transfer import Stream, check_devices
 from aspo_lightning.errors import ConfigError
 from tests.conftest import save_model, save_tokenizer
 from tests.test_cli import ASPO, ROOT, aspo, aspo_here, scalars
 from tests.test_fsdp import SHARDED, Runs, free_port, on_ranks
+
+TOKEN = "a-secret-of-these-tests"
+TRAINER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def token():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", TOKEN)
+        yield
 
 
 class Server:
@@ -35,7 +55,7 @@ class Server:
         for _ in range(600):
             assert self.process.poll() is None, "the server ended"
             try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
+                if httpx.get(f"{self.url}/health", headers=TRAINER).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -122,7 +142,7 @@ def test_what_a_model_recommends_for_sampling_is_not_followed_but_its_end_tokens
 def test_a_server_fills_what_a_request_leaves_out_by_no_recommendation(model, servers):
     """As `scripts/serve.sh` starts it: this request is somebody else's, and says little."""
     body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 1, "logprobs": 5}
-    answer = httpx.post(f"{servers[0].url}/v1/completions", json=body).json()
+    answer = httpx.post(f"{servers[0].url}/v1/completions", json=body, headers=TRAINER).json()
     (likeliest,) = answer["choices"][0]["logprobs"]["top_logprobs"]
     assert min(likeliest.values()) > -20  # of two tokens' choice all others had -inf
 
@@ -141,7 +161,7 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     assert process.returncode == 1
     (line,) = [line for line in errors.splitlines() if "aspo: error: " in line]
     assert f"The vLLM server at {servers[1].url} doesn't answer" in line
-    assert line.endswith("go on by --ckpt_path last.")
+    assert line.endswith("resume with the command that the run printed.")
     (checkpoint,) = (run / "checkpoints").glob("epoch*.ckpt")
     epochs = int(checkpoint.stem.removeprefix("epoch_")) + 1
     saved = torch.load(checkpoint, weights_only=False)
@@ -154,7 +174,8 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     assert len(scalars(run)["policy/loss"]) == epochs + 1
 
 
-def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers):
+@pytest.mark.parametrize("part", ["all of it", "its engine"])
+def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, part):
     weights = load_file(f"{model}/model.safetensors")
     request = SamplingRequest((5, 6, 7), 8, seed=1)
     alone = VLLMServers([servers[0].url])
@@ -170,8 +191,12 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers):
 
     def until_one_is_lost():
         for i, named in enumerate(weights.items()):
-            if i == 3:
+            if i == 3 and part == "all of it":
                 lost.signal(signal.SIGKILL)
+            elif i == 3:
+                pid = lost.process.pid
+                for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
             yield named
 
     both = VLLMServers([servers[0].url, lost.url])
@@ -200,3 +225,266 @@ def test_servers_that_cannot_serve_the_run_are_told_before_it_starts(runs, serve
     save_model(tmp_path, hidden_size=32)
     save_tokenizer(tmp_path)
     assert "Has it the same model?" in refused(*engine(servers[0]), "--model.model_name_or_path", str(tmp_path))
+
+
+def test_a_server_that_freezes_is_told_long_before_the_time_limit(model, servers):
+    """Over NCCL nothing else would tell, whatever happened to it."""
+    weights = load_file(f"{model}/model.safetensors")
+    frozen = Server(model)
+    frozen.wait()
+    both = VLLMServers([servers[0].url, frozen.url])
+    both.start(model, context_length=64)
+    both.sync_weights(weights.items())
+    frozen.signal(signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=f"The vLLM server at {frozen.url} doesn't answer"):
+        both.generate([SamplingRequest((5, 6, 7), 8, seed) for seed in range(4)], description="test")
+    assert time.monotonic() - start < 100  # of 300
+    frozen.signal(signal.SIGCONT)
+
+    def until_one_is_frozen():
+        for i, named in enumerate(weights.items()):
+            if i == 3:
+                frozen.signal(signal.SIGSTOP)
+            yield named
+        yield "more", torch.zeros(50_000_000)  # than fits in the connection
+
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=f"The vLLM server at {frozen.url} doesn't answer"):
+        both.sync_weights(until_one_is_frozen())
+    assert time.monotonic() - start < 100  # of 300
+    frozen.signal(signal.SIGKILL)
+    frozen.process.wait()
+    alone = VLLMServers([servers[0].url])
+    alone.start(model, context_length=64)  # which had half an update
+    alone.sync_weights(weights.items())
+
+
+def deaf_server() -> ThreadingHTTPServer:
+    """A server that joins a stream, lives, and ends an update without a word on the stream, as its NCCL would."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, code: int, **body: object) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def do_GET(self) -> None:
+            models = [{"id": "model", "max_model_len": 64}]
+            self.answer(200, data=models, world_size=1)
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+            if self.path == "/init_weight_transfer_engine":
+                join = body["init_info"]
+                rank, device = join.pop("first_rank"), torch.device("cpu")
+                self.server.stream = Stream(join.pop("address"), join.pop("port"), rank=rank, device=device, **join)
+            self.answer(500 if self.path == "/update_weights" else 200)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_a_server_that_ends_an_update_without_a_word_is_told_long_before_the_time_limit():
+    server = deaf_server()
+    url = f"http://127.0.0.1:{server.server_port}"
+    trainer = VLLMServers([url])
+    trainer.start("a_model", context_length=64)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="doesn't take the weights of a_model: .* the same model"):
+        trainer.sync_weights([("weight", torch.zeros(50_000_000))])
+    assert time.monotonic() - start < 30  # of 300
+    server.stream.group = None  # lets the trainer's end go
+    server.shutdown()
+
+
+def streams(**settings: object) -> list[Stream | Exception]:
+    """Both ends of a stream, or what making them raised."""
+    port = free_port()
+    ends: dict[int, Stream | Exception] = {}
+
+    def join(rank: int) -> None:
+        try:
+            ends[rank] = Stream(
+                "127.0.0.1", port, rank=rank, world_size=2, device=torch.device("cpu"), timeout_s=100, **settings
+            )
+        except Exception as error:
+            ends[rank] = error
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [ends[0], ends[1]]
+
+
+def test_a_worker_does_not_wait_for_a_stream_that_the_trainer_has_closed():
+    trainer, worker = streams()
+    connections = trainer.group  # held, so that gloo doesn't tell: NCCL's needn't
+    start = time.monotonic()
+    trainer.close()
+    with pytest.raises(ConnectionError, match="the trainer has closed the stream"):
+        next(worker.receive())
+    assert time.monotonic() - start < 10  # of 100
+    del connections
+
+
+def test_a_worker_does_not_wait_for_a_trainer_that_is_gone():
+    """Its store goes with it. Its group stays here, so that gloo doesn't tell: NCCL's needn't."""
+    trainer, worker = streams()
+    port = free_port()
+    stores = [TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
+    worker.store = TCPStore("127.0.0.1", port)
+    threading.Timer(3, stores.clear).start()
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="another end of the stream is gone"):
+        next(worker.receive())
+    assert 3 <= time.monotonic() - start < 15  # of 100
+    trainer.close()
+
+
+def test_the_time_limit_is_of_each_tensor_not_of_all():
+    trainer, worker = streams()
+    trainer.timeout_s = worker.timeout_s = 3.0
+    received = []
+    thread = threading.Thread(target=lambda: received.extend(worker.receive()))
+    thread.start()
+    for i in range(3):
+        time.sleep(1.5)
+        trainer.send(str(i), torch.full((2,), float(i)))
+    trainer.end()
+    thread.join()
+    assert [(name, tensor.tolist()) for name, tensor in received] == [("0", [0, 0]), ("1", [1, 1]), ("2", [2, 2])]
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="aren't ready after 3 s"):
+        next(worker.receive())
+    assert 3 <= time.monotonic() - start < 10
+
+
+def test_devices_between_which_no_weights_can_be_sent_are_refused():
+    check_devices(["cpu", "cpu", "cpu"])
+    check_devices(["GPU-a", "GPU-b", "GPU-c"])
+    with pytest.raises(ConfigError, match=r"The trainer and a vLLM server use the same GPU \(GPU-a\).*CUDA_VIS"):
+        check_devices(["GPU-a", "GPU-b", "GPU-a"])
+    with pytest.raises(ConfigError, match=r"Two workers of vLLM servers use the same GPU \(GPU-b\)"):
+        check_devices(["GPU-a", "GPU-b", "GPU-b"])
+    for devices in (["GPU-a", "cpu"], ["cpu", "GPU-a"], ["GPU-a", "GPU-b", "cpu"]):
+        with pytest.raises(ConfigError, match="some are on GPUs and some on CPUs"):
+            check_devices(devices)
+
+
+def test_both_ends_of_a_stream_on_one_gpu_say_so_at_once(monkeypatch):
+    monkeypatch.setattr(transfer, "device_id", lambda device: "GPU-a")
+    start = time.monotonic()
+    trainer, worker = streams()
+    assert time.monotonic() - start < 10  # of 100
+    assert isinstance(trainer, ConfigError)
+    assert "The trainer and a vLLM server use the same GPU (GPU-a)" in str(trainer)
+    assert isinstance(worker, ConfigError | ConnectionError)
+
+
+def test_servers_on_loopback_and_elsewhere_join_where_all_reach_the_trainer():
+    here, there = "http://127.0.0.1:8001", "http://node2:8001"
+    assert meeting_point({here: "127.0.0.1"}) == "127.0.0.1"
+    assert meeting_point({here: "127.0.0.1", there: "10.0.0.5"}) == "10.0.0.5"
+    assert meeting_point({there: "10.0.0.5", here: "::1", "http://node3:8001": "10.0.0.5"}) == "10.0.0.5"
+    with pytest.raises(ConfigError, match="see this machine by different addresses.*in one network"):
+        meeting_point({there: "10.0.0.5", "http://node3:8001": "10.1.0.5", here: "127.0.0.1"})
+
+
+def test_a_server_sees_this_machine_by_the_address_that_the_connection_has():
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        url = f"http://127.0.0.2:{listener.getsockname()[1]}"
+        seen = seen_by(url, 10)
+        assert seen == listener.accept()[1][0]
+    with pytest.raises(ConfigError, match=f"The vLLM server at {url} doesn't answer"):
+        seen_by(url, 10)
+
+
+def test_a_server_answers_nothing_on_any_path_without_the_token(model, servers):
+    url = servers[0].url
+    paths = httpx.get(f"{url}/openapi.json", headers=TRAINER).json()["paths"]
+    weights = {"/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"}
+    assert weights | {"/inference/v1/generate", "/v1/completions", "/collective_rpc", "/sleep", "/health"} <= set(paths)
+    asked = [(method, path) for path, methods in paths.items() for method in methods] + [("get", "/no/such/path")]
+    for method, path in asked:
+        for headers in (
+            {},
+            {"Authorization": "Bearer "},
+            {"Authorization": f"Bearer {TOKEN}x"},
+            {"Authorization": TOKEN},
+        ):
+            answer = httpx.request(method, url + path, headers=headers)
+            assert (answer.status_code, answer.text) == (401, ""), (method, path, headers)
+    body = {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 2, "temperature": 0.0}}
+    answer = httpx.post(f"{url}/inference/v1/generate", json=body, headers=TRAINER)
+    assert 1 <= len(answer.json()["choices"][0]["token_ids"]) <= 2
+
+
+def test_the_token_is_on_no_command_line_and_in_no_file_of_a_run(runs, servers):
+    """After the runs that another test made."""
+    on_ranks(1, runs.folder, [runs.command("secret", *engine(*servers), "--trainer.max_epochs", "1")])
+    files = [path for path in runs.folder.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for path in files:
+        assert TOKEN.encode() not in path.read_bytes(), path
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)]
+    assert sum(b"vllm.entrypoints" in line for line in lines) >= 2
+    assert not [line for line in lines if TOKEN.encode() in line]
+
+
+def readable(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes())
+    except OSError:  # ended meanwhile
+        return False
+
+
+def test_a_trainer_without_the_token_or_with_another_is_told_in_one_line(runs, servers, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    error = str(aspo_here(monkeypatch, *runs.command("another", *engine(servers[0]))))
+    assert f"The vLLM server at {servers[0].url} was started with another token than the environment" in error
+    monkeypatch.delenv("VLLM_API_KEY")
+    error = str(aspo_here(monkeypatch, *runs.command("without", *engine(servers[0]))))
+    assert "The environment variable VLLM_API_KEY isn't set" in error
+    with pytest.raises(ConfigError, match="VLLM_API_KEY isn't set"):
+        RequireToken(None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "said"),
+    [
+        (0, {"VLLM_API_KEY": ""}, "Set VLLM_API_KEY, a secret"),
+        (4, {}, "This machine has 4 GPUs.*CUDA_VISIBLE_DEVICES=3 bash scripts/serve.sh no_model 8001"),
+        (4, {"CUDA_VISIBLE_DEVICES": "2"}, "started"),
+        (1, {}, "started"),
+        (0, {}, "started"),
+    ],
+)
+def test_a_server_asks_for_a_secret_and_for_its_gpus_where_there_are_several(tmp_path, gpus, environment, said):
+    """With stand-ins for nvidia-smi and Python, and the script in a folder without an environment of its own."""
+    for name, text in {
+        "nvidia-smi": "\n".join(["#!/bin/sh", *(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'" for i in range(gpus))]),
+        "python": '#!/bin/sh\necho started "$@" >&2\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "serve.sh"
+    script.write_text((ROOT / "scripts" / "serve.sh").read_text())
+    result = subprocess.run(
+        ["bash", script, "no_model", "8001", "--max-model-len", "64"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "VLLM_API_KEY": TOKEN, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert re.match(said, result.stderr), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.returncode == (0 if said == "started" else 1)
+    assert ("--enforce-eager" in result.stderr) == (said == "started" and gpus == 0)
+    assert TOKEN not in result.stderr

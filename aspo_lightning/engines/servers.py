@@ -2,10 +2,12 @@
 
 import asyncio
 import socket
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from ipaddress import ip_address
+from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,19 +16,22 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm.auto import tqdm
 
+from aspo_lightning.engines.access import TOKEN, headers
 from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
-from aspo_lightning.engines.transfer import Stream
+from aspo_lightning.engines.transfer import CHECK_S, Stream
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 CONNECTIONS = 256  # to a server at a time: as many completions as it samples by default, and few enough open files
+HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in between
 
 
 class VLLMServers(Generator):
     """Samples with servers started by ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
 
-    Where there are several ranks, each uses its share of the servers, or shares one.
+    Where there are several ranks, each uses its share of the servers, or shares one. What the servers are asked comes
+    with the token that they were started with, from the environment variable VLLM_API_KEY.
 
     Args:
         urls: like http://127.0.0.1:8001.
@@ -36,8 +41,9 @@ class VLLMServers(Generator):
     def __init__(self, urls: Annotated[list[str], INCIDENTAL], timeout_s: Annotated[float, INCIDENTAL] = 300.0) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
-        self._model = self._model_name = ""
+        self._model_name = ""
         self._stream: Stream | None = None
+        self._updates: list[Future[Any]] = []
 
     def check(self) -> None:
         if not self.urls:
@@ -45,6 +51,7 @@ class VLLMServers(Generator):
         for url in self.urls:
             if not urlsplit(url).hostname or not urlsplit(url).scheme.startswith("http"):
                 raise ConfigError(f"VLLMServers.urls has {url!r}; allowed are addresses like http://127.0.0.1:8001.")
+        headers()
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
         models = {}
@@ -57,45 +64,52 @@ class VLLMServers(Generator):
                     f"{context_length}. Start it with --max-model-len {context_length}."
                 )
             models[url] = model["id"]
-            sizes[url] = self._ask(url, "GET", "/get_world_size", hint="start it by scripts/serve.sh")["world_size"]
+            sizes[url] = self._ask(url, "GET", "/get_world_size")["world_size"]
         if len(set(models.values())) > 1:
             raise ConfigError(f"The vLLM servers have different models: {models}. Start all with {model_name_or_path}.")
-        self._model, self._model_name = models[self.urls[0]], model_name_or_path
+        self._model_name = model_name_or_path
         if rank() == 0:
             self._connect(sizes)
 
     def _connect(self, sizes: dict[str, int]) -> None:
         """Opens the stream to all servers."""
-        first = urlsplit(self.urls[0])
-        with socket.create_connection((first.hostname or "", first.port or 80), timeout=self.timeout_s) as connection:
-            address = connection.getsockname()[0]  # as which this machine is seen from there
+        address = meeting_point({url: seen_by(url, self.timeout_s) for url in self.urls})
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
         world_size = 1 + sum(sizes.values())
-        joins: list[dict[str, Any]] = []
         next_rank = 1
+        answers = []
         for url in self.urls:
-            joins.append(
-                {
-                    "address": address,
-                    "port": port,
-                    "first_rank": next_rank,
-                    "world_size": world_size,
-                    "timeout_s": self.timeout_s,
-                }
-            )
+            join = {
+                "address": address,
+                "port": port,
+                "first_rank": next_rank,
+                "world_size": world_size,
+                "timeout_s": self.timeout_s,
+            }
+            # They answer when all have joined, so this one must meanwhile.
+            answers.append(self._ask_meanwhile(url, "/init_weight_transfer_engine", init_info=join))
             next_rank += sizes[url]
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        with ThreadPoolExecutor(len(self.urls)) as pool:
-            # They answer when all have joined, so this one must meanwhile.
-            answers = [
-                pool.submit(self._ask, url, "POST", "/init_weight_transfer_engine", json={"init_info": join})
-                for url, join in zip(self.urls, joins, strict=True)
-            ]
-            self._stream = Stream(address, port, rank=0, world_size=world_size, device=device, timeout_s=self.timeout_s)
-            for answer in answers:
-                answer.result()
+        try:
+            self._stream = Stream(
+                address,
+                port,
+                rank=0,
+                world_size=world_size,
+                device=device,
+                timeout_s=self.timeout_s,
+                check_servers=self._check,
+            )
+        except ConnectionError as error:
+            self._check_health()
+            raise ConfigError(
+                f"A vLLM server of {self.urls} doesn't join the trainer at {address}: see its own output, and whether "
+                "this address is reached from there."
+            ) from error
+        for answer in answers:
+            answer.result()
 
     def generate(
         self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
@@ -115,13 +129,24 @@ class VLLMServers(Generator):
                 bar.update()
                 return completion
 
-            async with httpx.AsyncClient(timeout=None, limits=limits) as client:
+            async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers()) as client:
                 tasks = [asyncio.create_task(complete(client, i, request)) for i, request in enumerate(requests)]
+                everything: asyncio.Future[list[Completion]] = asyncio.gather(*tasks)
+                watch: asyncio.Future[Any] = asyncio.create_task(self._watch())
                 try:
-                    return list(await asyncio.gather(*tasks))
+                    await asyncio.wait((everything, watch), return_when=asyncio.FIRST_COMPLETED)
+                    if watch.done():
+                        watch.result()
+                    return await everything
                 finally:
-                    for task in tasks:
+                    for task in (*tasks, watch):
                         task.cancel()  # the others, when one failed
+
+    async def _watch(self) -> None:
+        """Raises when a server doesn't answer: one that froze, or whose machine is gone, closes no connection."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            await asyncio.to_thread(self._check_health)
 
     @property
     def copies(self) -> int:
@@ -134,31 +159,27 @@ class VLLMServers(Generator):
 
     async def _complete(self, client: httpx.AsyncClient, url: str, request: SamplingRequest) -> Completion:
         body = {
-            "model": self._model,
-            "prompt": list(request.prompt_ids),
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            # The rest isn't left out: a server would take it from the model's generation_config.json.
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": request.seed,
-            "logprobs": 0,
-            "return_token_ids": True,
+            "token_ids": list(request.prompt_ids),
+            "sampling_params": {
+                "max_tokens": request.max_tokens,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "seed": request.seed,
+                "logprobs": 0,
+                "detokenize": False,
+            },
         }
+        path = "/inference/v1/generate"  # takes nothing from the model's generation_config.json but its end tokens
         try:
-            response = await client.post(f"{url}/v1/completions", json=body)
+            response = await client.post(url + path, json=body)
         except httpx.TransportError as error:
             raise lost(url, error) from error
         if response.status_code != httpx.codes.OK:
-            raise ConfigError(f"The vLLM server at {url} refused a completion: {response.text[:300]}")
-        choice = response.json()["choices"][0]
+            refuse(url, path, response)
+        (choice,) = response.json()["choices"]
         return Completion(
             tuple(choice["token_ids"]),
-            tuple(choice["logprobs"]["token_logprobs"]),
+            tuple(token["logprob"] for token in choice["logprobs"]["content"]),
             truncated=choice["finish_reason"] == "length",
         )
 
@@ -177,24 +198,23 @@ class VLLMServers(Generator):
             raise RuntimeError("the engine has not been started")
         # A trainer that was killed in here has left an update open.
         self._ask_all("/start_weight_update", otherwise="/finish_weight_update")
-        with ThreadPoolExecutor(len(self.urls)) as pool:
-            answers = [
-                pool.submit(self._ask, url, "POST", "/update_weights", json={"update_info": {}}) for url in self.urls
-            ]
-            try:
-                for name, tensor in named_tensors:
-                    stream.send(name, tensor)
-                stream.end()
-            except RuntimeError as error:  # of the process group
-                stream.close()  # the other servers still wait for the next tensor
-                for url in self.urls:
-                    self._ask(url, "GET", "/health")  # names the one that is gone
+        self._updates = [self._ask_meanwhile(url, "/update_weights", update_info={}) for url in self.urls]
+        try:
+            for name, tensor in named_tensors:
+                stream.send(name, tensor)
+            stream.end()
+        except BaseException as error:
+            stream.close()  # the other servers still wait for the next tensor
+            if isinstance(error, ConnectionError):
+                wait(self._updates, timeout=CHECK_S)  # a server learns a moment later that its engine is gone
+                self._check_health()  # names the one that is gone
                 raise ConfigError(
                     f"A vLLM server of {self.urls} doesn't take the weights of {self._model_name}: see its own output. "
                     "Has it the same model?"
                 ) from error
-            for answer in answers:
-                answer.result()
+            raise
+        for update in self._updates:
+            update.result()
         self._ask_all("/finish_weight_update")
         deadline = time.monotonic() + self.timeout_s
         # A server still holds the cache of its last completions for a moment after it has answered.
@@ -203,9 +223,32 @@ class VLLMServers(Generator):
                 raise ConfigError(f"A vLLM server of {self.urls} is never idle: one run at a time can use them.")
             time.sleep(0.05)
 
+    def _check(self) -> None:
+        """Raises if a server is gone or has ended the update in the making: a broadcast needn't notice."""
+        self._check_health()
+        if any(update.done() and update.exception() for update in self._updates):
+            raise ConnectionError("a server has ended the update")
+
+    def _check_health(self) -> None:
+        for url in self.urls:
+            self._ask(url, "GET", "/health", timeout=HEALTH_TIMEOUT_S)
+
     def _ask_all(self, path: str, otherwise: str | None = None) -> list[Any]:
         with ThreadPoolExecutor(len(self.urls)) as pool:
             return list(pool.map(lambda url: self._ask(url, "POST", path, otherwise=otherwise), self.urls))
+
+    def _ask_meanwhile(self, url: str, path: str, **body: Any) -> Future[Any]:
+        """What a server will answer. One that never does keeps nobody waiting, nor the process from ending."""
+        answer: Future[Any] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._ask(url, "POST", path, json=body))
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        return answer
 
     def _ask(
         self,
@@ -213,21 +256,23 @@ class VLLMServers(Generator):
         method: str,
         path: str,
         *,
-        hint: str = "see its own output",
+        timeout: float | None = None,
         otherwise: str | None = None,
         **body: Any,
     ) -> Any:
         """What a server answers. Where it refuses, ``otherwise`` is asked for, and then once more."""
         try:
-            response = httpx.request(method, url + path, timeout=self.timeout_s, **body)
+            response = httpx.request(method, url + path, timeout=timeout or self.timeout_s, headers=headers(), **body)
         except httpx.TransportError as error:
             raise lost(url, error) from error
         if response.status_code == httpx.codes.OK:
             return response.json() if response.content else None
-        if otherwise:
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise lost(url, "its engine is dead")
+        if otherwise and response.status_code != httpx.codes.UNAUTHORIZED:
             self._ask(url, method, otherwise)
             return self._ask(url, method, path)
-        raise ConfigError(f"The vLLM server at {url} answered {path} with {response.status_code}: {hint}.")
+        refuse(url, path, response)
 
     def stop(self) -> None:
         self._stream = None
@@ -237,9 +282,51 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def lost(url: str, error: Exception) -> ConfigError:
-    reason = str(error) or type(error).__name__
+def seen_by(url: str, timeout_s: float) -> str:
+    """The address of this machine as a server sees it."""
+    server = urlsplit(url)
+    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        with socket.create_connection((server.hostname or "", port), timeout=timeout_s) as connection:
+            return str(connection.getsockname()[0])
+    except OSError as error:
+        raise lost(url, error) from error
+
+
+def meeting_point(seen: Mapping[str, str]) -> str:
+    """The address of the trainer at which all servers can join it.
+
+    Args:
+        seen: its address as each server sees it, by the server's URL. From loopback all addresses are reached.
+
+    Raises:
+        ConfigError: servers in different networks.
+    """
+    outside = {address for address in seen.values() if not ip_address(address).is_loopback}
+    if len(outside) > 1:
+        raise ConfigError(
+            f"The vLLM servers see this machine by different addresses, {dict(seen)}, and must join it at one of them. "
+            "Give VLLMServers.urls in one network, or on loopback."
+        )
+    return outside.pop() if outside else next(iter(seen.values()))
+
+
+def refuse(url: str, path: str, response: httpx.Response) -> NoReturn:
+    """Raises what a server's refusal means."""
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise ConfigError(
+            f"The vLLM server at {url} was started with another token than the environment variable {TOKEN} "
+            "has here. Set the same on both sides."
+        )
+    raise ConfigError(
+        f"The vLLM server at {url} answered {path} with {response.status_code}: see its own output. Was it started by "
+        f"scripts/serve.sh? {' '.join(response.text.split())[:300]}"
+    )
+
+
+def lost(url: str, reason: Exception | str) -> ConfigError:
+    why = str(reason) or type(reason).__name__
     return ConfigError(
-        f"The vLLM server at {url} doesn't answer ({reason}). Nothing of the phase in the making is trained on. Start "
-        "the server again by scripts/serve.sh and go on by --ckpt_path last."
+        f"The vLLM server at {url} doesn't answer ({why}). Nothing of the phase in the making is trained on. Start "
+        "the server again by scripts/serve.sh and resume with the command that the run printed."
     )

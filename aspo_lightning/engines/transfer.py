@@ -2,11 +2,15 @@
 
 vLLM finds ``register`` by the package's entry point, in each of its processes; a server uses it when it is started with
 ``--weight-transfer-config '{"backend": "aspo"}'``. The trainer is rank 0 of a process group of its own, all workers of
-all servers are the other ranks. Each tensor is broadcast behind a header, so only one exists at a time.
+all servers are the other ranks. Each tensor is broadcast after a header, so only one exists at a time.
+
+vLLM's own NCCL backend could serve several servers too, but not on CPUs: with it there would be two streams. It also
+wants all names and shapes ahead, and waits for a lost peer for good.
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,11 +18,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from aspo_lightning.errors import ConfigError
+
 HEADER_BYTES = 1024
+POLL_S = 1e-4
+CHECK_S = 1.0
 
 
 class Stream:
     """One end of the stream. Making it waits for all others.
+
+    Whoever waits in a broadcast looks every second whether the others are still there: NCCL doesn't notice.
 
     Args:
         address: where the trainer listens.
@@ -27,26 +37,67 @@ class Stream:
         world_size: one trainer and all workers.
         device: where the tensors are; a GPU's go by NCCL, others by gloo.
         timeout_s: how long to wait for the others.
+        check_servers: for the trainer; raises if a server is gone.
+
+    Raises:
+        ConfigError: weights can't be sent between these devices.
+        ConnectionError: from all methods, when another end is gone or lets this one wait too long.
     """
 
     def __init__(
-        self, address: str, port: int, *, rank: int, world_size: int, device: torch.device, timeout_s: float
+        self,
+        address: str,
+        port: int,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        timeout_s: float,
+        check_servers: Callable[[], None] | None = None,
     ) -> None:
+        self.rank, self.device, self.timeout_s = rank, device, timeout_s
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-        self.device = device
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self.group: Any = dist.ProcessGroupNCCL(store, rank, world_size, options)
-        else:
-            self.group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+        self.check = check_servers or self._check_trainer
+        self.work: dist.Work | None = None
+        try:
+            self.store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+            self.store.set(f"device/{rank}", device_id(device))
+            check_devices([self.store.get(f"device/{i}").decode() for i in range(world_size)])
+            if device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = 2 * timeout  # after ours: at its own NCCL ends the whole process
+                self.group: Any = dist.ProcessGroupNCCL(self.store, rank, world_size, options)
+            else:
+                self.group = dist.ProcessGroupGloo(self.store, rank, world_size, timeout)
+        except RuntimeError as error:
+            raise ConnectionError(f"the others didn't come within {timeout_s:g} s") from error
 
     def close(self) -> None:
-        self.group = None
+        """Ends the stream, so that no other end waits for this one."""
+        if self.rank == 0:
+            self.store.set("closed", "")
+        self.group.abort()  # what NCCL has under way
+        if self.work is None or self.work.is_completed():
+            self.group = None  # gloo closes its connections then; but first it would wait for what is under way
+
+    def _check_trainer(self) -> None:
+        if self.store.check(["closed"]):  # raises where the trainer is gone
+            raise ConnectionError("the trainer has closed the stream")
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
-        self.group.broadcast([tensor], dist.BroadcastOptions()).wait()
+        try:
+            self.work = work = self.group.broadcast([tensor], dist.BroadcastOptions())
+            start = checked = time.monotonic()
+            while not work.is_completed():
+                time.sleep(POLL_S)
+                if time.monotonic() > checked + CHECK_S:
+                    self.check()
+                    checked = time.monotonic()
+                if checked > start + self.timeout_s:
+                    raise ConnectionError(f"the others aren't ready after {self.timeout_s:g} s")
+            work.wait()  # raises what went wrong
+        except RuntimeError as error:
+            raise ConnectionError("another end of the stream is gone") from error
         return tensor
 
     def _send_header(self, header: dict[str, Any]) -> None:
@@ -71,6 +122,28 @@ class Stream:
                 return
             shape, dtype = header["shape"], getattr(torch, header["dtype"])
             yield header["name"], self._broadcast(torch.empty(shape, dtype=dtype, device=self.device))
+
+
+def device_id(device: torch.device) -> str:
+    """``cpu``, or the UUID of a GPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raises ConfigError if weights can't be sent from the first of these to the others; each as by ``device_id``."""
+    gpus = [device for device in devices if device != "cpu"]
+    if gpus and len(gpus) < len(devices):
+        raise ConfigError(
+            "Of the trainer and its vLLM servers, some are on GPUs and some on CPUs; weights are sent between GPUs or "
+            "between CPUs. Start all of them on the same kind."
+        )
+    for gpu in gpus:
+        if gpus.count(gpu) > 1:
+            sharing = "The trainer and a vLLM server" if gpu == devices[0] else "Two workers of vLLM servers"
+            raise ConfigError(
+                f"{sharing} use the same GPU ({gpu}), between which NCCL can't send weights. Start each server with "
+                "CUDA_VISIBLE_DEVICES set to GPUs of its own."
+            )
 
 
 def register() -> None:

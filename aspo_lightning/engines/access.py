@@ -1,0 +1,35 @@
+"""The secret that a trainer shares with its vLLM servers. It is only ever in the environment."""
+
+import os
+import secrets
+from typing import Any
+
+from aspo_lightning.errors import ConfigError
+
+TOKEN = "VLLM_API_KEY"  # which vLLM itself reads, but asks for by some of its paths only
+
+
+def headers() -> dict[str, str]:
+    """What a request says. Raises ConfigError where there is no token."""
+    if not (token := os.environ.get(TOKEN)):
+        raise ConfigError(
+            f"The environment variable {TOKEN} isn't set: the secret that trainer and vLLM servers share. Set the one "
+            f"with which scripts/serve.sh was started; a new one is made by export {TOKEN}=$(openssl rand -hex 32)."
+        )
+    return {"Authorization": f"Bearer {token}"}
+
+
+class RequireToken:
+    """ASGI middleware for vLLM's ``--middleware``: nothing is answered without the token, on whatever path."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.expected = headers()["Authorization"].encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if scope["type"] == "lifespan" or secrets.compare_digest(given, self.expected):
+            await self.app(scope, receive, send)
+        else:
+            await send({"type": "http.response.start", "status": 401, "headers": []})
+            await send({"type": "http.response.body"})
