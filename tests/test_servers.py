@@ -122,7 +122,7 @@ def test_servers_give_what_the_engine_in_the_process_gives(runs, servers):
 
 
 def test_what_a_model_recommends_for_sampling_is_not_followed_but_its_end_tokens_are(model, servers):
-    requests = [SamplingRequest((5, 6, 7 + n), 24, seed, 1.5) for n in range(4) for seed in range(16)]
+    requests = [SamplingRequest((5, 6, 7 + n), 24, seed, 1.5, 0.95) for n in range(4) for seed in range(16)]
     here = VLLMEngine(kv_cache_gib=0.05)
     here.start(model, context_length=64)
     expected = here.generate(requests, description="test")
@@ -195,8 +195,9 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, 
                 lost.signal(signal.SIGKILL)
             elif i == 3:
                 pid = lost.process.pid
-                for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                    os.kill(int(child), signal.SIGKILL)
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                (core,) = [child for child in children if "EngineCore" in Path(f"/proc/{child}/cmdline").read_text()]
+                os.kill(int(core), signal.SIGKILL)
             yield named
 
     both = VLLMServers([servers[0].url, lost.url])
@@ -205,6 +206,7 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, 
     with pytest.raises(ConfigError, match=f"The vLLM server at {lost.url} doesn't answer"):
         both.sync_weights(until_one_is_lost())
     assert time.monotonic() - start < 60  # and not after the time that servers wait for each other
+    lost.signal(signal.SIGKILL)
     lost.process.wait()
     assert completion_after_sync() == before  # half an update has left nothing behind
 
