@@ -415,14 +415,9 @@ def test_a_server_answers_nothing_on_any_path_without_the_token(model, servers):
     assert weights | {"/inference/v1/generate", "/v1/completions", "/collective_rpc", "/sleep", "/health"} <= set(paths)
     asked = [(method, path) for path, methods in paths.items() for method in methods] + [("get", "/no/such/path")]
     for method, path in asked:
-        for headers in (
-            {},
-            {"Authorization": "Bearer "},
-            {"Authorization": f"Bearer {TOKEN}x"},
-            {"Authorization": TOKEN},
-        ):
-            answer = httpx.request(method, url + path, headers=headers)
-            assert (answer.status_code, answer.text) == (401, ""), (method, path, headers)
+        for given in (None, "Bearer", f"Bearer {TOKEN}x", TOKEN):
+            answer = httpx.request(method, url + path, headers={"Authorization": given} if given else {})
+            assert (answer.status_code, answer.text) == (401, ""), (method, path, given)
     body = {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 2, "temperature": 0.0}}
     answer = httpx.post(f"{url}/inference/v1/generate", json=body, headers=TRAINER)
     assert 1 <= len(answer.json()["choices"][0]["token_ids"]) <= 2
@@ -451,6 +446,10 @@ def test_a_trainer_without_the_token_or_with_another_is_told_in_one_line(runs, s
     monkeypatch.setenv("VLLM_API_KEY", "another")
     error = str(aspo_here(monkeypatch, *runs.command("another", *engine(servers[0]))))
     assert f"The vLLM server at {servers[0].url} was started with another token than the environment" in error
+    monkeypatch.setenv("VLLM_API_KEY", f"{TOKEN} ")
+    error = str(aspo_here(monkeypatch, *runs.command("illegal", *engine(servers[0]))))
+    assert "The environment variable VLLM_API_KEY has spaces, line ends or letters beyond ASCII" in error
+    assert TOKEN not in error
     monkeypatch.delenv("VLLM_API_KEY")
     error = str(aspo_here(monkeypatch, *runs.command("without", *engine(servers[0]))))
     assert "The environment variable VLLM_API_KEY isn't set" in error
