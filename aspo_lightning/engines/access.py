@@ -1,6 +1,7 @@
 """The secret that a trainer shares with its vLLM servers. It is only ever in the environment."""
 
 import os
+import re
 import secrets
 from typing import Any
 
@@ -10,11 +11,16 @@ TOKEN = "VLLM_API_KEY"  # which vLLM itself reads, but asks for by some of its p
 
 
 def headers() -> dict[str, str]:
-    """What a request says. Raises ConfigError where there is no token."""
-    if not (token := os.environ.get(TOKEN)):
+    """What a request says. Raises ConfigError where there is no token, or one that no header can hold."""
+    token = os.environ.get(TOKEN, "")
+    if not token:
         raise ConfigError(
             f"The environment variable {TOKEN} isn't set: the secret that trainer and vLLM servers share. Set the one "
             f"with which scripts/serve.sh was started; a new one is made by export {TOKEN}=$(openssl rand -hex 32)."
+        )
+    if not re.fullmatch("[!-~]+", token):  # an error of the HTTP client would show it
+        raise ConfigError(
+            f"The environment variable {TOKEN} has spaces, line ends or letters beyond ASCII: leave them out."
         )
     return {"Authorization": f"Bearer {token}"}
 
