@@ -8,20 +8,24 @@ from lightning.pytorch import Callback
 
 
 class Peak(Callback):
-    """Writes bytes to FOLDER/rank_R: of torch's allocator on a GPU, of the whole process so far on a CPU."""
+    """Writes bytes to FOLDER/rank_R: of the GPU in the last epoch's updates, or of the process so far on a CPU."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
     def on_train_epoch_start(self, trainer, pl_module):
         if pl_module.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            # Libraries, less what torch counts as allocated while a sleeping engine has given it back.
+            self.beside = total - free - torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_epoch_end(self, trainer, pl_module):
-        on_gpu = pl_module.device.type == "cuda"
-        peak = (
-            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        if pl_module.device.type == "cuda":
+            peak = self.beside + torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.folder.mkdir(exist_ok=True)
         (self.folder / f"rank_{trainer.global_rank}").write_text(str(peak))
 
