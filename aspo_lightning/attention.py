@@ -107,6 +107,9 @@ def packed_attention(
     Returns:
         [T, A, D].
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotary embeddings make float32 of queries and keys there, not of values
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if _has_kernel(query):
         output = varlen_attn(
             query,
@@ -136,16 +139,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float 
     mask = None
     if window is not None and window < length:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    query, key, value = (x[batch.index].transpose(1, 2) for x in (query, key, value))  # [B, heads, L, D]
-    output = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+    # As many heads of keys as of queries, [B, A, L, D]: for fewer a GPU has no 32-bit kernel but the one that makes all
+    # scores, [B, A, L, L].
+    heads = query.shape[1]
+    query, key, value = (
+        x[batch.index].repeat_interleave(heads // x.shape[1], 2).transpose(1, 2) for x in (query, key, value)
     )
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
     return output.transpose(1, 2).flatten(0, 1)[batch.real]
 
 

@@ -96,11 +96,38 @@ def test_a_gpus_kernel_gets_16_bits_the_bounds_and_the_window(monkeypatch):
     assert calls == [[0, 3, 8, 9]] * 2
 
 
+def test_under_autocast_the_kernel_gets_16_bits_of_all_three(tiny_model, monkeypatch):
+    """Llama's rotary embeddings make float32 of queries and keys."""
+    model, seen = ScoredCausalLM.from_pretrained(tiny_model), []
+
+    def kernel(query, key, value, *_, **__):
+        seen.extend([query.dtype, key.dtype, value.dtype])
+        return query
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(MicroBatch.from_sequences(sequences([5, 3])))
+    assert seen == [torch.bfloat16] * 6
+
+
 def sequences(lengths, vocabulary=128):
     """Rows of ``lengths`` tokens: the last token of a sequence isn't in its row."""
     draw = torch.Generator().manual_seed(1)
     ids = [torch.randint(vocabulary, (n + 1,), generator=draw).tolist() for n in lengths]
     return [(x[:1], x[1:]) for x in ids]
+
+
+def test_no_kernel_is_asked_for_fewer_heads_of_keys_than_of_queries(monkeypatch):
+    """In 32 bits a GPU has none for them that doesn't make all scores."""
+    calls = []
+    monkeypatch.setattr(
+        attention,
+        "scaled_dot_product_attention",
+        lambda query, key, value, **settings: calls.append((key.shape, value.shape, settings)) or query,
+    )
+    packed_attention(*row([3, 3]), Packing.of([3, 3]))
+    assert calls == [((2, HEADS, 3, SIZE),) * 2 + ({"attn_mask": None, "is_causal": True, "scale": None},)]
 
 
 class Largest(TorchDispatchMode):

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Tests what only several GPUs of a machine can tell; meant for eight, runs with two or four as well. After
+# scripts/test_gpu.sh; some forty minutes. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+nvidia-smi topo -m || true
+exec "$python" -m pytest tests/gpu/eight -rs --durations=20 "$@"
