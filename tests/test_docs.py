@@ -18,6 +18,7 @@ ELSEWHERE = (
     "bash scripts/install.sh",
     "bash scripts/test.sh",
     "bash scripts/mutants.sh",
+    "bash scripts/test_gpu",
     "bash scripts/serve.sh",
     "sbatch ",
 )
