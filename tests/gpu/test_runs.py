@@ -19,10 +19,9 @@ from tests.test_plan import R1_DISTILL
 
 SHARDED = "--trainer.strategy=FSDP2Strategy"
 ENGINES = {
-    "transformers": {"class_path": "TransformersEngine"},
+    "transformers": {"class_path": "TransformersEngine", "init_args": {"batch_size": 16}},
     "transformers, 16 bits": {"class_path": "TransformersEngine", "init_args": {"dtype": "bfloat16"}},
-    "vllm": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.05}},
-    "vllm, eager": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.05, "enforce_eager": True}},
+    "vllm": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.05, "enforce_eager": True}},
 }
 BF16 = "--trainer.precision=bf16-mixed"
 # Name: (engine, flags, allowed of the mean |log-prob difference| between engine and trainer)
@@ -37,7 +36,7 @@ WAYS = {
     ),
     "fsdp2, bf16-mixed, cpu_offload": ("transformers", [BF16, SHARDED, f"{SHARDED[:18]}.cpu_offload=true"], 0.1),
     "vllm": ("vllm", [], 0.1),
-    "vllm, fsdp2, bf16-mixed": ("vllm, eager", ["--trainer.strategy=fsdp2", BF16], 0.1),
+    "vllm, fsdp2, bf16-mixed": ("vllm", ["--trainer.strategy=fsdp2", BF16], 0.1),
 }
 
 
@@ -59,7 +58,7 @@ def called(*args, timeout=300):
 
 
 @pytest.mark.parametrize("way", marked(WAYS))
-def test_a_run_trains_is_resumed_and_evaluated(gpu, note, small_model, tmp_path, way):
+def test_a_run_trains_and_is_resumed_and_evaluated_in_shards(gpu, note, small_model, tmp_path, way):
     engine, flags, allowed = WAYS[way]
     settings = ["--config", write(tmp_path, config(small_model, tmp_path, gpu, engine)), *flags]
     called("fit", *settings)
@@ -76,12 +75,14 @@ def test_a_run_trains_is_resumed_and_evaluated(gpu, note, small_model, tmp_path,
     difference = [value for _, value in after["mismatch/logprob_abs_mean"]]
     note(f"{way}: mean |log-prob difference| of engine and trainer {' '.join(f'{x:.2g}' for x in difference)}")
     assert max(difference) < allowed
+    if "fsdp2" not in way:
+        return
     called("test", *settings, "--model", str(run), "--out", str(tmp_path / "out"))
     problems = json.loads((tmp_path / "out" / "result.json").read_text())["benchmarks"]["sums"]["problems"]
     assert len(problems) == 5
 
 
-@pytest.mark.parametrize("engine", marked(["transformers, 16 bits", "vllm, eager"]))
+@pytest.mark.parametrize("engine", marked(["transformers, 16 bits", "vllm"]))
 def test_the_probe_lets_fifty_phases_pass_in_which_nothing_changes(gpu, small_model, tmp_path, engine):
     made = config(small_model, tmp_path, gpu, engine, prompts_per_phase=2, group_size=2, optimizer_steps=1)
     made["model"]["optimizer"]["init_args"]["lr"] = 0.0

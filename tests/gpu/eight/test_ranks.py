@@ -4,6 +4,7 @@ What starts without hanging comes first.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -211,6 +212,8 @@ def test_the_first_half_trains_while_servers_on_the_second_sample(runs, servers,
 def test_a_phase_of_64_x_16_of_a_model_of_8_billion_takes_what_the_plan_says(small_model, note, tmp_path):
     model = small_model
     if DEVICE.type == "cuda":
+        if (free := shutil.disk_usage(tmp_path).free / 1e9) < 130:
+            pytest.skip(f"it takes 130 GB of disk, and {tmp_path} has {free:.0f}: pytest's --basetemp names another")
         model = str(tmp_path / "model")
         torch.manual_seed(0)
         with DEVICE:
@@ -233,7 +236,7 @@ def test_a_phase_of_64_x_16_of_a_model_of_8_billion_takes_what_the_plan_says(sma
         callbacks=[memory.callback(tmp_path / "peak")],
         limit_val_batches=0,
     )
-    made["checkpoint"] = {"save_top_k": 1}
+    made["checkpoint"] = {"every_n_epochs": 2}
     settings = ["--config", write(tmp_path, made)]
     finished(["fit", *settings], tmp_path / "log", 1800)
     run = tmp_path / "tiny" / "version_0"
