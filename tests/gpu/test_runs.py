@@ -17,7 +17,8 @@ from tests.gpu.conftest import TWIN, on
 from tests.test_cli import aspo, scalars, tiny_config, write
 from tests.test_plan import R1_DISTILL
 
-SHARDED = "--trainer.strategy=FSDP2Strategy"
+STRATEGY = "--trainer.strategy"
+SHARDED = [STRATEGY, "FSDP2Strategy"]
 ENGINES = {
     "transformers": {"class_path": "TransformersEngine", "init_args": {"batch_size": 16}},
     "transformers, 16 bits": {"class_path": "TransformersEngine", "init_args": {"dtype": "bfloat16"}},
@@ -28,15 +29,15 @@ BF16 = "--trainer.precision=bf16-mixed"
 WAYS = {
     "32-true": ("transformers", [], 1e-4),
     "bf16-mixed": ("transformers", [BF16, "--model.gradient_checkpointing=true"], 0.1),
-    "fsdp2": ("transformers", ["--trainer.strategy=fsdp2"], 1e-4),
+    "fsdp2": ("transformers", [STRATEGY, "fsdp2"], 1e-4),
     "fsdp2, bf16-mixed, reduce_each": (
         "transformers",
-        [BF16, SHARDED, f"{SHARDED[:18]}.reduce_each_micro_batch=true"],
+        [BF16, *SHARDED, f"{STRATEGY}.reduce_each_micro_batch=true"],
         0.1,
     ),
-    "fsdp2, bf16-mixed, cpu_offload": ("transformers", [BF16, SHARDED, f"{SHARDED[:18]}.cpu_offload=true"], 0.1),
+    "fsdp2, bf16-mixed, cpu_offload": ("transformers", [BF16, *SHARDED, f"{STRATEGY}.cpu_offload=true"], 0.1),
     "vllm": ("vllm", [], 0.1),
-    "vllm, fsdp2, bf16-mixed": ("vllm", ["--trainer.strategy=fsdp2", BF16], 0.1),
+    "vllm, fsdp2, bf16-mixed": ("vllm", [BF16, STRATEGY, "fsdp2"], 0.1),
 }
 
 
