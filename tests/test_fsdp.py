@@ -73,7 +73,7 @@ def on_ranks(ranks: int, folder: Path, commands: list[list[str]]) -> None:
         for rank in range(ranks)
     ]
     for process in processes:
-        errors = process.communicate(timeout=200)[1]
+        errors = process.communicate(timeout=500)[1]
         assert process.returncode == 0, errors[-5000:]
 
 
@@ -283,7 +283,7 @@ def test_when_a_rank_fails_all_end_soon_with_its_reason(runs, fault, rank, reaso
     process = subprocess.Popen(
         [ASPO, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
-    errors = process.communicate(timeout=200)[1]  # ends when the last process has closed it
+    errors = process.communicate(timeout=500)[1]  # ends when the last process has closed it
     ended = time.monotonic()
     assert process.returncode != 0
     assert reason in errors
