@@ -425,13 +425,13 @@ def test_a_server_answers_nothing_on_any_path_without_the_token(model, servers):
 
 def test_the_token_is_on_no_command_line_and_in_no_file_of_a_run(runs, servers):
     """After the runs that another test made."""
-    on_ranks(1, runs.folder, [runs.command("secret", *engine(*servers), "--trainer.max_epochs", "1")])
+    on_ranks(1, runs.folder, [runs.command("secret", *engine(servers[0]), "--trainer.max_epochs", "1")])
     files = [path for path in runs.folder.rglob("*") if path.is_file()]
     assert len(files) > 3
     for path in files:
         assert TOKEN.encode() not in path.read_bytes(), path
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)]
-    assert sum(b"vllm.entrypoints" in line for line in lines) >= 2
+    assert any(b"vllm.entrypoints" in line for line in lines)
     assert not [line for line in lines if TOKEN.encode() in line]
 
 
