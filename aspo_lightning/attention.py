@@ -143,7 +143,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float 
     # scores, [B, A, L, L].
     heads = query.shape[1]
     query, key, value = (
-        x[batch.index].repeat_interleave(heads // x.shape[1], 2).transpose(1, 2) for x in (query, key, value)
+        x[:, :, None].expand(-1, -1, heads // x.shape[1], -1)[batch.index].flatten(2, 3).transpose(1, 2)
+        for x in (query, key, value)
     )
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
     return output.transpose(1, 2).flatten(0, 1)[batch.real]
