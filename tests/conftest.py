@@ -1,6 +1,7 @@
 """Shared by the tests: a tiny random model on disk, with a tokenizer that knows digits and a chat template."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, words: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE) -> None:
+    """Of characters; ``words`` are further tokens, which are only ever sampled."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     characters = [chr(c) for c in range(32, 127)]
-    vocabulary = {token: i for i, token in enumerate(special + characters)}
+    vocabulary = {token: i for i, token in enumerate([*special, *characters, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -50,7 +52,7 @@ def save_tokenizer(folder: Path) -> None:
         eos_token="</s>",
         pad_token="<pad>",
         additional_special_tokens=special[2:],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     ).save_pretrained(folder)
 
 

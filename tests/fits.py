@@ -3,6 +3,7 @@
 Every command gets a process of its own, forked after the slow imports. Started once a rank by test_fsdp.py.
 """
 
+import gc
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"  # most of an engine's start
 import vllm  # noqa: F401
 
 from aspo_lightning.cli import main
+
+gc.freeze()  # an engine collects garbage several times, and would look through all that was imported
 
 if __name__ == "__main__":
     for port, command in json.loads(Path(sys.argv[1]).read_text()):

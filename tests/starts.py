@@ -4,6 +4,7 @@ A line is JSON, {"command": [...], "environment": {...}, "log": file for all out
 child's process id and, when it has ended, its exit code (minus the signal that ended it).
 """
 
+import gc
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
 
 from aspo_lightning.cli import main
+
+gc.freeze()  # an engine collects garbage several times, and would look through all that was imported
 
 
 def run(command: list[str], environment: dict[str, str], log: str) -> None:

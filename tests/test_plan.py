@@ -13,7 +13,14 @@ from aspo_lightning.plan import activations, optimizer_states
 from tests.conftest import save_model
 from tests.test_cli import ROOT, aspo_here
 
-QWEN3 = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+QWEN3 = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1_000_000,
+}
 R1_DISTILL = Qwen2Config(
     hidden_size=1536,
     intermediate_size=8960,
