@@ -1,4 +1,4 @@
-"""Ranks that run one `aspo` command after the other, as those of a cluster do: each in a fork after the slow imports."""
+"""Ranks that run one `aspo` command after the other, as those of a cluster do, in forks made after the slow imports."""
 
 import json
 import os
