@@ -129,7 +129,8 @@ class VLLMServers(Generator):
                 bar.update()
                 return completion
 
-            async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers()) as client:
+            # Not through a proxy of the environment, which would see the token.
+            async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers(), trust_env=False) as client:
                 tasks = [asyncio.create_task(complete(client, i, request)) for i, request in enumerate(requests)]
                 everything: asyncio.Future[list[Completion]] = asyncio.gather(*tasks)
                 watch: asyncio.Future[Any] = asyncio.create_task(self._watch())
@@ -262,7 +263,9 @@ class VLLMServers(Generator):
     ) -> Any:
         """What a server answers. Where it refuses, ``otherwise`` is asked for, and then once more."""
         try:
-            response = httpx.request(method, url + path, timeout=timeout or self.timeout_s, headers=headers(), **body)
+            response = httpx.request(
+                method, url + path, timeout=timeout or self.timeout_s, headers=headers(), trust_env=False, **body
+            )
         except httpx.TransportError as error:
             raise lost(url, error) from error
         if response.status_code == httpx.codes.OK:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 def end_process(reason: str) -> None:
     """The last words of a process that hangs."""
-    print(f"aspo: error: {reason}. Go on by --ckpt_path last.", file=sys.stderr, flush=True)
+    print(f"aspo: error: {reason}. Resume with the command that the run printed.", file=sys.stderr, flush=True)
     os._exit(1)
 
 
