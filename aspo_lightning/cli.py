@@ -116,6 +116,7 @@ class ASPOCLI(LightningCLI):
                 "trainer.reload_dataloaders_every_n_epochs": 1,
                 "trainer.use_distributed_sampler": False,
                 "trainer.num_sanity_val_steps": 0,
+                "trainer.inference_mode": False,  # in which sharded weights can do less
                 "trainer.log_every_n_steps": 1,
                 "trainer.gradient_clip_val": 1.0,
                 "trainer.max_epochs": 100,

@@ -51,7 +51,7 @@ class Policy(Protocol):
         self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
     ) -> list[tuple[Tensor, Tensor]]: ...
 
-    def policy_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class RolloutDataModule(LightningDataModule):
@@ -439,7 +439,7 @@ class RolloutDataModule(LightningDataModule):
         """
         start = time.perf_counter()
         with engine_errors():
-            self.engine.sync_weights(self._policy.policy_weights())
+            self.engine.sync_weights(self._policy.policy_weights(self.engine.weights_dtype))
         return time.perf_counter() - start
 
     def _prompts(self, task: Task, name: str) -> list[Prompt]:

@@ -239,10 +239,10 @@ class ASPOModule(LightningModule):
         )
         self.log("policy/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
-    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of each weight, one at a time; tied weights once. For the engine."""
         assert self.policy is not None
-        return full_weights(self.policy.lm)
+        return full_weights(self.policy.lm, dtype)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])

@@ -31,25 +31,28 @@ def set_adapters(lm: nn.Module, enabled: bool) -> None:
             module._disable_adapters = not enabled  # enable_adapters() would also switch requires_grad
 
 
+@torch.inference_mode(False)  # in which a sharded parameter can't be detached
 @torch.no_grad()
-def full_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """(hub name, full tensor) of each weight, tied weights once; collective where the model is sharded.
 
-    Only one full tensor exists at a time, if the caller keeps none.
+    Only one full tensor exists at a time, if the caller keeps none. With ``dtype`` they are of that; shards are cast
+    before they are gathered.
     """
     adapted: dict[str, Any] = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in lm.named_parameters():
         if ".lora_" in name:
             continue
         owner, _, attribute = name.rpartition(".")
-        tensor = whole(parameter.detach())
+        tensor = parameter.detach()
         if owner.endswith(".base_layer"):
             owner = owner.removesuffix(".base_layer")
             name = f"{owner}.{attribute}"
             if attribute == "weight":
                 layer = adapted[owner]
                 low, high = (whole(m[ADAPTER].weight.detach()) for m in (layer.lora_A, layer.lora_B))
-                tensor = torch.addmm(tensor, high, low, alpha=layer.scaling[ADAPTER])
+                tensor = torch.addmm(whole(tensor), high, low, alpha=layer.scaling[ADAPTER])
+        tensor = whole(tensor.to(dtype or tensor.dtype))
         # transformers keeps some weights in other shapes than the hub, e.g. the experts of a layer as one.
         yield from revert_weight_conversion(lm, {name: tensor}).items()
 

@@ -3,9 +3,11 @@
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
+from torch import distributed as dist
 
 from aspo_lightning.engines import SamplingRequest
 from aspo_lightning.types import MicroBatch
@@ -57,5 +59,8 @@ class Recorder(Callback):
         batch = MicroBatch.from_sequences([(prompt, range(60, 70)) for prompt in PROBE])
         record["logprobs"] = pl_module.score([batch])[0][0]
         record["weights"] = {name: tensor.clone() for name, tensor in pl_module.policy_weights()}
+        with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast:
+            record["half"] = {name: tensor.clone() for name, tensor in pl_module.policy_weights(torch.bfloat16)}
+        record["sent"] = [call.args[0].dtype for call in broadcast.call_args_list]
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(record, self.folder / f"rank_{trainer.global_rank}.pt")

@@ -208,10 +208,18 @@ def test_killed_ten_times_the_result_is_the_same(trained, tested):
     assert not (out / "journal").exists()
 
 
-def test_two_ranks_give_the_same_files_as_one(trained, tested):
+NCCL_TWIN = '{"class_path": "tests.nccl_twin.NCCLTwin"}'
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["ddp"], [NCCL_TWIN], [NCCL_TWIN, "--trainer.inference_mode", "true"]],
+    ids=["ddp", "sharded", "sharded in inference mode"],
+)
+def test_two_ranks_give_the_same_files_as_one(trained, tested, settings, request):
     folder, config, run = trained
-    out = folder / "two_ranks"
-    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    out = folder / request.node.name
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", *settings]
     aspo_test("--config", config, "--model", str(run), "--out", str(out), *ranks)
     assert files(out) == files(tested)
 

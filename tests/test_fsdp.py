@@ -182,6 +182,17 @@ def test_after_each_sync_every_ranks_engine_has_the_weights(one, two):
         assert max(record["probes"]) < 1e-4
 
 
+def test_shards_are_cast_before_they_are_gathered(two, lora_runs):
+    lora = lora_runs.records("two")[0]
+    for record in (two[0], lora):
+        assert list(record["half"]) == list(record["weights"])
+        for name, weight in record["weights"].items():
+            assert torch.equal(record["half"][name], weight.bfloat16()), name
+    assert set(two[0]["sent"]) == {torch.bfloat16}
+    # What has an adapter is merged in full before.
+    assert lora["sent"].count(torch.float32) == 3 * 2 * sum(name.endswith("_proj.weight") for name in lora["weights"])
+
+
 def test_ranks_that_share_an_engine_do_the_same(runs, one, two):
     for record in runs.records("shared"):
         assert [p["completions"] for p in record["phases"]] == [p["completions"] for p in one["phases"]]

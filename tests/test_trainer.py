@@ -19,6 +19,7 @@ from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.guards import CollapseGuard
 from aspo_lightning.identity import describe, incidental
 from aspo_lightning.tasks import Dataset
+from aspo_lightning.weights import full_weights
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,24 @@ def trainer(*callbacks: Callback, **settings) -> Trainer:
             **settings,
         }
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_is_sent_weights_in_its_own_dtype(parts, dtype):
+    class Engine(TransformersEngine):
+        def sync_weights(self, named_tensors):
+            sent.update({name: tensor.clone() for name, tensor in named_tensors})
+            super().sync_weights(sent.items())
+
+    sent: dict[str, torch.Tensor] = {}
+    module, data = parts(engine=Engine(dtype=dtype))
+    trainer().validate(module, data, verbose=False)
+    data.close()
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in full_weights(module.policy.lm)}
+    assert list(sent) == list(weights)
+    for name, tensor in sent.items():
+        assert tensor.dtype == weights[name].dtype
+        assert torch.equal(tensor, weights[name])
 
 
 def test_validating_first_changes_nothing(parts):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from aspo_lightning.errors import ConfigError, EngineError
@@ -54,6 +55,11 @@ class Generator(ABC):
 
     tensor_parallel_size: int = 1
     """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """What ``sync_weights`` is best given: what it would cast them to. None: as they were trained."""
+        return None
 
     @property
     def copies(self) -> int:

@@ -31,6 +31,10 @@ class TransformersEngine(Generator):
         self.dtype = dtype
         self._lm: PreTrainedModel | None = None
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
     def check(self) -> None:
         pass
 

@@ -58,6 +58,12 @@ class VLLMEngine(Generator):
         self._llm: LLM | None = None
         self._asleep = False
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return getattr(torch, self.dtype)
+
     def check(self) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
@@ -95,7 +101,7 @@ class VLLMEngine(Generator):
         with _no_bound_device():
             self._llm = LLM(
                 model=model_name_or_path,
-                dtype=("float32" if on_cpu else "bfloat16") if self.dtype == "auto" else self.dtype,
+                dtype=cast(Any, self.weights_dtype),
                 # Not 16-bit logits, which move the log-prob of an uncertain token by some percent.
                 hf_overrides={"head_dtype": "float32"},
                 max_model_len=context_length,
