@@ -40,6 +40,7 @@ from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.objectives import Objective
 from aspo_lightning.plan import Planner
+from aspo_lightning.rewards.runner import die_with_parent
 from aspo_lightning.run_folder import (
     RunFolder,
     RunRecord,
@@ -227,12 +228,17 @@ class ASPOCLI(LightningCLI):
 
     def after_fit(self) -> None:
         self.datamodule.close()
+        if self.trainer.is_global_zero and self.run is not None:
+            print(fit_summary(self.trainer, self.run), flush=True)
+        wait_for_ranks(self.trainer)
         if self.trainer.is_global_zero:
-            if self.run is not None:
-                print(fit_summary(self.trainer, self.run))
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             if (received := next(c for c in callbacks if isinstance(c, GracefulStop)).received) is not None:
                 sys.exit(128 + received)  # as if it had not been caught: the run isn't at its end
+
+    def after_validate(self) -> None:
+        self.datamodule.close()
+        wait_for_ranks(self.trainer)
 
 
 class EvaluationCLI(ASPOCLI):
@@ -271,6 +277,7 @@ class EvaluationCLI(ASPOCLI):
 
     def after_test(self) -> None:
         self.datamodule.close()
+        wait_for_ranks(self.trainer)
 
 
 class PlanCLI(ASPOCLI):
@@ -301,6 +308,29 @@ def choose(data: Namespace, names: list[str]) -> None:
     data.val = {name: data.val[name] for name in names}
     if isinstance(data.eval_group_size, dict):
         data.eval_group_size = {name: size for name, size in data.eval_group_size.items() if name in names}
+
+
+MAIN_PROCESS = "ASPO_MAIN_PROCESS"  # in the environment of the ranks that Lightning starts: the id of the first
+
+
+def die_with_main_process() -> None:
+    """Ends this process when the first rank of this machine ends, if that has started it.
+
+    Lightning watches the processes that it starts, but not the first: over NCCL they would wait for it, and spin, until
+    a time limit.
+    """
+    main = os.environ.setdefault(MAIN_PROCESS, str(os.getpid()))
+    if main == str(os.getpid()) or os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    die_with_parent()
+    if main != str(os.getppid()):
+        sys.exit(1)  # it ended before
+
+
+def wait_for_ranks(trainer: Trainer) -> None:
+    """Returns when the ranks that this process has started have ended: what they still do would end with it."""
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        process.wait()
 
 
 RESTARTED = "ASPO_RESTARTED"  # in the environment of a run that was started again, why
@@ -455,6 +485,7 @@ def config_error(error: BaseException | None) -> ConfigError | None:
 
 def main() -> None:
     """Entry point of the console script ``aspo``."""
+    die_with_main_process()
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     sys.path.append(str(Path.cwd()))  # parts that a user wrote, like my_package.MyObjective

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -20,11 +21,12 @@ class Recorder(Callback):
     """Writes FOLDER/rank_R.pt: completions, gradients and the engine's log-probs less the trainer's, and the
     final weights and log-probs.
 
-    ``fault`` is ``raise`` or ``kill``, on ``fault_rank`` in the second epoch.
+    ``fault`` is ``raise`` or ``kill``, on ``fault_rank`` in the second epoch. With ``stuck`` the other ranks then do
+    nothing ever after: over NCCL they don't notice.
     """
 
-    def __init__(self, folder: str, fault: str | None = None, fault_rank: int = 1) -> None:
-        self.folder, self.fault, self.fault_rank = Path(folder), fault, fault_rank
+    def __init__(self, folder: str, fault: str | None = None, fault_rank: int = 1, stuck: bool = False) -> None:
+        self.folder, self.fault, self.fault_rank, self.stuck = Path(folder), fault, fault_rank, stuck
         self.phases, self.gradients, self.probes = [], [], []
 
     def on_train_epoch_start(self, trainer, pl_module):
@@ -46,7 +48,11 @@ class Recorder(Callback):
         self.probes.append((pl_module.score([batch])[0][0] - batch.generator_logprobs).abs().max().item())
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.fault and trainer.current_epoch == 1 and trainer.global_rank == self.fault_rank:
+        if self.fault and trainer.current_epoch == 1:
+            while self.stuck and trainer.global_rank != self.fault_rank:
+                time.sleep(1)
+            if trainer.global_rank != self.fault_rank:
+                return
             if self.fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError(f"rank {self.fault_rank} was told to fail")

@@ -286,11 +286,18 @@ def test_a_rank_without_sequences_takes_part(sparse_runs, started):
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "reason"), [("raise", 1, "rank 1 was told to fail"), ("kill", 1, "SIGKILL"), ("kill", 0, "")]
+    ("fault", "rank", "stuck", "reason"),
+    [
+        ("raise", 0, True, "rank 0 was told to fail"),
+        ("raise", 1, False, "rank 1 was told to fail"),
+        ("kill", 0, True, ""),
+        ("kill", 1, False, "SIGKILL"),
+        ("kill", 1, True, ""),
+    ],
 )
-def test_when_a_rank_fails_all_end_soon_with_its_reason(runs, fault, rank, reason):
+def test_when_a_rank_fails_all_end_soon_with_its_reason(runs, fault, rank, stuck, reason):
     engine = ["--data.engine", "TransformersEngine"]
-    command = runs.command(f"{fault}_{rank}", *SHARDED, "2", *engine, fault=fault, fault_rank=rank)
+    command = runs.command("fails", *SHARDED, "2", *engine, fault=fault, fault_rank=rank, stuck=stuck)
     process = subprocess.Popen(
         [ASPO, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )

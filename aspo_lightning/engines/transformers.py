@@ -32,8 +32,8 @@ class TransformersEngine(Generator):
         self._lm: PreTrainedModel | None = None
 
     @property
-    def weights_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    def weights_dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.dtype, None)  # "auto" is none
 
     def check(self) -> None:
         pass
