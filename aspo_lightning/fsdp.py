@@ -49,6 +49,7 @@ from aspo_lightning.checkpoints import (
     sync_to_disk,
     write_text,
 )
+from aspo_lightning.models import load_config
 from aspo_lightning.scorer import ScoredCausalLM
 from aspo_lightning.weights import without_frozen
 
@@ -84,7 +85,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load(self, model_name_or_path: str, **settings: Any) -> ScoredCausalLM:
         """A sharded model. Rank 0 reads it, the others get their shards tensor by tensor."""
-        source = ScoredCausalLM.from_pretrained(model_name_or_path, **settings) if self.global_rank == 0 else None
+        source = None
+        if self.global_rank == 0:
+            dtype = source_dtype(model_name_or_path, settings)
+            source = ScoredCausalLM.from_pretrained(model_name_or_path, **{**settings, "dtype": dtype})
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         if self.precision_plugin.precision == "bf16-mixed":
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -187,10 +191,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         dist.all_gather_object(shares, {file.name: file_digest(file) for file in own})
         if self.is_global_zero:
             digests = {name: digest for share in shares for name, digest in share.items()}
-            rest = {f.name: file_digest(f) for f in temporary.iterdir() if f.name not in digests}
-            write_text(temporary / DIGESTS, json.dumps(digests | rest))
-            for file in temporary.iterdir():
-                sync_to_disk(file)
+            rest = [file for file in temporary.iterdir() if file.name not in digests]
+            for file in rest:
+                sync_to_disk(file)  # torch has had each rank do so with its own
+            digests |= {file.name: file_digest(file) for file in rest}
+            write_text(temporary / DIGESTS, json.dumps(digests))
             if path.is_dir():
                 shutil.rmtree(path)
             os.replace(temporary, path)  # noqa: PTH105
@@ -220,7 +225,7 @@ def load_sharded(
     device: torch.device,
     **policies: Any,
 ) -> ScoredCausalLM:
-    """A sharded copy of ``source``, which only rank 0 has. Collective."""
+    """A sharded copy of ``source``, which only rank 0 has, in the dtype of ``settings``. Collective."""
     model = ScoredCausalLM.from_pretrained(model_name_or_path, weights=False, **settings)
     for block in blocks(model.lm):
         fully_shard(block, mesh=mesh, reshard_after_forward=True, **policies)
@@ -248,6 +253,16 @@ def load_sharded(
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, value.to(device))
     return model
+
+
+def source_dtype(model_name_or_path: str, settings: dict[str, Any]) -> torch.dtype:
+    """What to read a model in that becomes shards of another dtype: its own, if that takes less memory."""
+    own, wanted = load_config(model_name_or_path).dtype, settings["dtype"]
+    if not isinstance(own, torch.dtype) or own.itemsize >= wanted.itemsize:
+        return wanted
+    # Buffers aren't read but computed, and the shards have them from there: they mustn't be rounded (Gemma's scale is).
+    model = ScoredCausalLM.from_pretrained(model_name_or_path, weights=False, **{**settings, "dtype": own})
+    return wanted if any(buffer.dtype == own for buffer in model.buffers()) else own
 
 
 def blocks(lm: nn.Module) -> list[nn.Module]:

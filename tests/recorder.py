@@ -27,7 +27,14 @@ class Recorder(Callback):
 
     def __init__(self, folder: str, fault: str | None = None, fault_rank: int = 1, stuck: bool = False) -> None:
         self.folder, self.fault, self.fault_rank, self.stuck = Path(folder), fault, fault_rank, stuck
-        self.phases, self.gradients, self.probes = [], [], []
+        self.phases, self.gradients, self.probes, self.synced = [], [], [], []
+
+    def on_fit_start(self, trainer, pl_module):
+        def fsync(descriptor):
+            self.synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+            original(descriptor)
+
+        original, os.fsync = os.fsync, fsync
 
     def on_train_epoch_start(self, trainer, pl_module):
         phase = trainer.datamodule.phase
@@ -61,7 +68,7 @@ class Recorder(Callback):
         self.gradients.append(torch.cat([whole(p.grad).flatten() for p in pl_module.parameters() if p.requires_grad]))
 
     def on_train_end(self, trainer, pl_module):
-        record = {key: getattr(self, key) for key in ("phases", "gradients", "probes")}
+        record = {key: getattr(self, key) for key in ("phases", "gradients", "probes", "synced")}
         batch = MicroBatch.from_sequences([(prompt, range(60, 70)) for prompt in PROBE])
         record["logprobs"] = pl_module.score([batch])[0][0]
         record["weights"] = {name: tensor.clone() for name, tensor in pl_module.policy_weights()}

@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from aspo_lightning import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
+from aspo_lightning.fsdp import source_dtype
 from tests.conftest import save_model, save_tokenizer
 from tests.recorder import PROBE
 from tests.test_cli import ASPO, ROOT, aspo, aspo_here, tiny_config
@@ -221,6 +222,62 @@ def test_a_sharded_checkpoint_holds_the_policy_alone_and_says_what_it_needs(runs
     assert aspo_here(monkeypatch, *runs.command("refused", "--ckpt_path", str(folder))).endswith(
         "Resume from it with --trainer.strategy fsdp2, on any number of ranks (--trainer.devices 1 too)."
     )
+
+
+def test_each_rank_brings_its_own_shards_to_the_disk(runs, two):
+    files = {path.name for path in runs.checkpoint("two", 2).iterdir()}
+    for rank, record in enumerate(two):
+        shards = {name for name in record["synced"] if name.endswith(".distcp")}
+        assert shards == {name for name in files if name.startswith(f"__{rank}_")}
+        assert len(shards) >= 1
+    assert {".metadata", "meta.pt"} < set(two[0]["synced"])
+
+
+@pytest.fixture(scope="module")
+def half_model(tmp_path_factory) -> Path:
+    """250 MB in bfloat16, twice that in float32."""
+    folder = tmp_path_factory.mktemp("half")
+    save_model(folder, tie_word_embeddings=False, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_the_first_rank_reads_a_model_in_its_own_dtype(half_model, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "loads.py"), str(half_model), str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            env={**environment, "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    peaks = [float(process.communicate(timeout=200)[0]) for process in ranks]
+    megabytes = (half_model / "model.safetensors").stat().st_size / 1e6
+    # Half of it as float32 shards, on the first rank beside all of it in bfloat16; and a tensor that is under way.
+    assert peaks[0] < 2.3 * megabytes
+    assert peaks[1] < 1.3 * megabytes
+    stored = load_file(half_model / "model.safetensors")
+    for rank in range(2):
+        loaded = torch.load(tmp_path / f"rank_{rank}.pt")
+        assert loaded.keys() == stored.keys()
+        for name, weight in loaded.items():
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, stored[name].float())
+
+
+def test_a_model_is_read_in_fewer_bits_only_where_that_changes_nothing(half_model, tiny_model, tmp_path):
+    assert source_dtype(str(half_model), {"dtype": torch.float32}) == torch.bfloat16
+    assert source_dtype(str(half_model), {"dtype": torch.float64}) == torch.bfloat16
+    assert source_dtype(tiny_model, {"dtype": torch.float32}) == torch.float32
+    assert source_dtype(tiny_model, {"dtype": torch.bfloat16}) == torch.bfloat16
+    # Gemma has a scale that is computed in the dtype that it is loaded in.
+    sizes = {"vocab_size": 128, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    Gemma3TextConfig(**sizes, **heads, dtype="bfloat16", architectures=["Gemma3ForCausalLM"]).save_pretrained(tmp_path)
+    assert source_dtype(str(tmp_path), {"dtype": torch.float32}) == torch.float32
 
 
 def plain_logprobs(folder: Path, prompt: tuple[int, ...], completion: tuple[int, ...], temperature=1.0):

@@ -1,0 +1,28 @@
+"""Loads a model sharded, as one of two ranks; prints how many MB that took at its peak. Started by test_fsdp.py."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from aspo_lightning import ASPOModule
+from aspo_lightning.fsdp import FSDP2Strategy
+from aspo_lightning.weights import full_weights
+
+
+def megabytes(field: str) -> float:
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1e3
+
+
+if __name__ == "__main__":
+    strategy = Trainer(accelerator="cpu", devices=2, strategy=FSDP2Strategy(), logger=False).strategy
+    module = ASPOModule(sys.argv[1])
+    strategy.connect(module)
+    strategy.setup_environment()
+    before = megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    model = strategy.load(module.model_name_or_path, **module.load_settings)
+    print(megabytes("VmHWM") - before)
+    torch.save(dict(full_weights(model.lm)), f"{sys.argv[2]}/rank_{strategy.global_rank}.pt")
