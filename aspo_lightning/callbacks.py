@@ -124,6 +124,22 @@ class EvaluationReport(Callback):
         self.before, self.after = state_dict["before"], state_dict["after"]
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps what a run can be resumed from: every few epochs, and when it ends, whatever the interval."""
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__  # a run resumed with another interval keeps its count of what to delete
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        interval = self._every_n_epochs
+        limits = ((trainer.current_epoch + 1, trainer.max_epochs), (trainer.global_step, trainer.max_steps))
+        if trainer.should_stop or any(limit is not None and 0 <= limit <= reached for reached, limit in limits):
+            self._every_n_epochs = 1
+        super().on_train_epoch_end(trainer, pl_module)
+        self._every_n_epochs = interval
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the weights that did best on a held-out task, in the run's folder ``best``.
 

@@ -27,6 +27,7 @@ from aspo_lightning.callbacks import (
     EvaluationReport,
     EvaluationResults,
     PhaseReport,
+    RunCheckpoint,
     peak_memory_gb,
 )
 from aspo_lightning.checkpoints import AtomicCheckpointIO, check_resumable, trained_from, trained_steps
@@ -96,7 +97,7 @@ def subclass_names(base: type) -> set[str]:
 
 
 GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
-SAVED = {"best": BestCheckpoint, "checkpoint": ModelCheckpoint}
+SAVED = {"best": BestCheckpoint, "checkpoint": RunCheckpoint}
 CALLBACKS = {**GUARDS, **SAVED}
 
 

@@ -1,6 +1,6 @@
 """Guards: what ends a run that has gone wrong, or warns of it. All are on; each looks at one thing.
 
-A run that a guard ends has lost nothing but the phase in the making: its last checkpoint is of the epoch before.
+A run that a guard ends has lost nothing but what came after its last checkpoint, by default the phase in the making.
 """
 
 import math
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,7 +25,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.run_folder import run_folder
 from aspo_lightning.types import MicroBatch
 
-GO_ON = "The last checkpoint is of the epoch before; resume from there with the command that the run printed"
+GO_ON = "Resume from the last checkpoint with the command that the run printed"
 
 
 class NonFiniteGuard(Callback):
@@ -286,9 +285,6 @@ class GracefulStop(Callback):
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             self.received = self.received or signal.SIGTERM  # another rank's
             trainer.should_stop = True
-            for checkpoint in trainer.checkpoint_callbacks:
-                if type(checkpoint) is ModelCheckpoint:
-                    checkpoint._every_n_epochs = 1  # written now, whatever the interval
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():

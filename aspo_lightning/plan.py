@@ -4,11 +4,13 @@ Weights, gradients and optimizer state are counted on a model without memory (th
 that model run its forward pass and noting what it would keep for backward.
 """
 
+import copy
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse import Namespace
@@ -24,9 +26,15 @@ from aspo_lightning.scorer import CHUNK_SIZE, ScoredCausalLM
 
 GB = 1e9
 FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
-# GB of a process without a model. cuda: context, NCCL's buffers and fragmentation, by rule of thumb; cpu: torch, vLLM,
-# transformers and Lightning, measured.
+# GB of a process without a model. cuda: context and NCCL's buffers, by rule of thumb; cpu: torch, vLLM, transformers
+# and Lightning, measured.
 RUNTIME = {"cuda": 3.0, "cpu": 0.95}
+# By rule of thumb: what a sleeping engine keeps on a GPU (CUDA graphs, and the workspaces of kernels and sampler), in
+# GB; and the part of its memory that the trainer's allocator has in pieces too small to use or to give back.
+ASLEEP, ASLEEP_EAGER = 2.0, 1.0
+FRAGMENTATION = 0.1
+MOST_OF_A_GPU = 0.9
+"""The largest share of it that is suggested for the engine."""
 DEFAULT_GPU_MEMORY = 80.0
 CPU_BATCHED_TOKENS = 4096  # of a prefill by vLLM's CPU build
 
@@ -58,12 +66,19 @@ class Run:
     """That is trained."""
     context_length: int
     """That the engine is made for: evaluations may have longer ones."""
+    completions: int
+    """Of a phase."""
     engine: Generator
     gpu_memory: float
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.devices
+
+    @property
+    def shares_gpu(self) -> bool:
+        """The engine has a share of each GPU, in which it sleeps while the trainer works."""
+        return self.on_gpu and isinstance(self.engine, VLLMEngine)
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,8 @@ class Plan:
     engine_sleeps: bool = True
     full_length_completions: float = float("inf")
     """How many of the longest sequences the KV cache has room for."""
+    engine_share: float | None = None
+    """Of a GPU's memory: what is free for the engine while it samples. None: it takes none."""
 
     @property
     def peaks(self) -> tuple[float, float]:
@@ -130,18 +147,33 @@ def make_plan(run: Run) -> Plan:
     )
     update["scorer"] = tokens * (3 * min(run.chunk_size or CHUNK_SIZE, vocabulary) + 2 * hidden) * FULL
 
+    if run.on_gpu:
+        allocated = sum(always.values()) + sum(update.values()) - always["libraries and runtime"]
+        always["fragmentation"] = FRAGMENTATION * allocated
+    share = None
+    if run.shares_gpu:
+        if cast(VLLMEngine, run.engine).kv_cache_gib is None:
+            free = 1 - sum(always.values()) / (run.gpu_memory * GB)
+            share = max(0.0, min(MOST_OF_A_GPU, math.floor(20 * free) / 20))
+        always["asleep engine"] = asleep(run.engine)
     sampling, cache, per_token = engine_memory(run, config, count)
     return Plan(
         always=in_gb(always),
         update=in_gb(update),
         sampling=in_gb(sampling),
-        engine_sleeps=run.on_gpu and isinstance(run.engine, VLLMEngine),
+        engine_sleeps=run.shares_gpu,
         full_length_completions=cache / (per_token * run.context_length),
+        engine_share=share,
     )
 
 
 def in_gb(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GB for name, size in parts.items()}
+
+
+def asleep(engine: Generator) -> float:
+    """Bytes that vLLM keeps on a GPU while it sleeps. They count in its share."""
+    return (ASLEEP_EAGER if getattr(engine, "enforce_eager", False) else ASLEEP) * GB
 
 
 def engine_memory(run: Run, config: Any, count: int) -> tuple[dict[str, float], float, float]:
@@ -166,13 +198,23 @@ def engine_memory(run: Run, config: Any, count: int) -> tuple[dict[str, float], 
     if engine.kv_cache_gib is not None or not run.on_gpu:
         cache = (engine.kv_cache_gib or 1.0) * 2**30
     else:  # vLLM takes what is left of its share
-        cache = max(0.0, engine.gpu_memory_utilization * run.gpu_memory * GB - sum(parts.values()))
+        rest = engine.gpu_memory_utilization * run.gpu_memory * GB - asleep(engine)
+        cache = max(0.0, rest - sum(parts.values()))
     return {**parts, "KV cache": cache}, cache, per_token
 
 
-def changes(run: Run) -> dict[str, Run]:
-    """Settings that take less memory, and the run that each makes of this one."""
+def with_share(run: Run, share: float) -> Run:
+    """With another ``gpu_memory_utilization``."""
+    engine = copy.copy(run.engine)
+    cast(VLLMEngine, engine).gpu_memory_utilization = share
+    return replace(run, engine=engine)
+
+
+def changes(run: Run, share: float | None) -> dict[str, Run]:
+    """Settings that take less memory, and the run that each makes of this one; ``share`` is free for the engine."""
     found: dict[str, Run] = {}
+    if share:
+        found[f"--data.engine.gpu_memory_utilization {share:g}"] = with_share(run, share)
     strategy = "--trainer.strategy FSDP2Strategy " * run.strategy_by_name + "--trainer.strategy"
     if not run.gradient_checkpointing:
         found["--model.gradient_checkpointing true"] = replace(run, gradient_checkpointing=True)
@@ -224,12 +266,22 @@ def report(run: Run, plan: Plan, epoch: list[str]) -> tuple[str, bool]:
     lines.append("{:<24}{:>9.2f}{:>10.2f}".format("together", *plan.peaks))
     lines += ["", *epoch]
     if plan.full_length_completions < float("inf"):
-        lines.append(f"KV cache: room for {plan.full_length_completions:,.1f} sequences of full length at a time")
+        asked = run.completions * run.engine.tensor_parallel_size / run.world_size
+        lines.append(
+            f"KV cache: room for {plan.full_length_completions:,.1f} sequences of full length at a time; an engine is "
+            f"asked for {asked:,.0f} completions"
+        )
+    if plan.engine_share and plan.engine_share != (now := cast(VLLMEngine, run.engine).gpu_memory_utilization):
+        room = make_plan(with_share(run, plan.engine_share)).full_length_completions
+        lines.append(
+            f"While the engine samples it can have {plan.engine_share:g} of the GPU "
+            f"(--data.engine.gpu_memory_utilization {plan.engine_share:g}, now {now:g}): room for {room:,.1f}"
+        )
     wrong = problems(run, plan)
     if not wrong:
         return "\n".join([*lines, "", f"Fits: {max(plan.peaks):.1f} of {run.gpu_memory:.1f} GB."]), True
     lines += ["", *(f"Doesn't fit: {problem}." for problem in wrong)]
-    better = {change: make_plan(other) for change, other in changes(run).items()}
+    better = {change: make_plan(other) for change, other in changes(run, plan.engine_share).items()}
     lines += [
         f"  {change:<80} {max(other.peaks):.1f} GB" + (", fits" if not problems(run, other) else "")
         for change, other in sorted(better.items(), key=lambda item: max(item[1].peaks))
@@ -285,6 +337,7 @@ def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_
         optimizer_states=optimizer_states(module.optimizer),
         token_budget=data.phase_settings["token_budget"],
         longest_sequence=data.longest_sequence,
+        completions=data.prompts_per_phase * data.sampling.group_size,
         context_length=data.context_length,
         engine=data.engine,
         gpu_memory=gpu_memory,

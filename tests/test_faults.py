@@ -207,6 +207,22 @@ def test_killed_in_each_part_it_goes_on_as_if_it_never_was(rank):
     rank.check_whole("kill")
 
 
+def test_with_a_checkpoint_every_few_epochs_a_run_still_ends_with_one_and_goes_on(rank):
+    every = ["--checkpoint.every_n_epochs", "4"]
+
+    def kept() -> list[str]:
+        (rank.folder / "few.struck").unlink(missing_ok=True)
+        return sorted(path.name for path in rank.run("few").glob("checkpoints/epoch_*"))
+
+    assert rank.fit("few", *every, part="update", kind="SIGTERM", epoch=1) == 128 + signal.SIGTERM
+    assert kept() == ["epoch_00001.ckpt"]
+    assert rank.fit("few", *every, "--ckpt_path", "last", part="update", kind="SIGKILL", epoch=5) == -signal.SIGKILL
+    assert kept() == ["epoch_00001.ckpt", "epoch_00003.ckpt"]
+    assert rank.fit("few", *every, "--ckpt_path", "last") == 0, rank.text("few")[-3000:]
+    assert kept() == ["epoch_00003.ckpt", "epoch_00005.ckpt"]
+    rank.check_whole("few")
+
+
 def test_a_second_ctrl_c_ends_it_at_once(rank):
     assert rank.fit("interrupt", part="update", kind="SIGINT", times=2) != 0
     assert len(list((rank.folder / "interrupt").iterdir())) == 2

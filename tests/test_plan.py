@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from aspo_lightning.cli import main
@@ -96,13 +97,48 @@ def test_recipes_fit_the_papers_hardware(recipe, twin, planned, tmp_path):
         assert parts[name][0] == pytest.approx(copies * 4 * parameters / gpus, abs=0.01), name
     split = 4 if gpus == 32 else 1
     assert parts["engine's weights"] == (0, pytest.approx(2 * parameters / split, abs=0.01))
-    # vLLM's share, as set by default.
-    assert sum(parts[n][1] for n in ("engine's weights", "sampler", "KV cache")) == pytest.approx(32, abs=0.02)
+    # vLLM has what the trainer leaves free while it samples: all but shards, libraries and what is in pieces.
+    share = share_of(recipe)
+    engine = ("engine's weights", "sampler", "KV cache", "asleep engine")
+    assert sum(parts[name][1] for name in engine) == pytest.approx(80 * share, abs=0.03)
+    free = 80 - sum(cells[1] for name, cells in parts.items() if name not in (*engine, "together"))
+    assert 80 * share <= free < 80 * (share + 0.05) + 0.1
+    assert "it can have" not in text
+    assert parts["asleep engine"] == (2, 2)
+    allocated = parts["together"][0] - 3 - 2 - parts["fragmentation"][0]
+    assert parts["fragmentation"][0] == pytest.approx(0.1 * allocated, abs=0.02)
+    assert f"asked for {1024 * split // gpus} completions" in text
     for column in (0, 1):
         together = sum(cells[column] for name, cells in parts.items() if name != "together")
         assert parts["together"][column] == pytest.approx(together, abs=0.1)
         assert together < 80
-    assert f"Fits: {max(parts['together']):.1f} of 80.0 GB" in text
+    (fits,) = re.findall(r"Fits: ([\d.]+) of 80.0 GB", text)
+    assert float(fits) == pytest.approx(max(parts["together"]), abs=0.06)
+
+
+def share_of(recipe: str) -> float:
+    config = yaml.safe_load((ROOT / "configs" / "recipes" / f"{recipe}.yaml").read_text())
+    return config["data"]["engine"]["init_args"]["gpu_memory_utilization"]
+
+
+def test_the_share_that_is_free_for_the_engine_is_suggested(planned, tmp_path):
+    MODELS["qwen3_8b"][0].save_pretrained(tmp_path)
+    args = ["--config", "configs/recipes/qwen3_8b.yaml", "--model.model_name_or_path", str(tmp_path)]
+    share = share_of("qwen3_8b")
+    (room,) = re.findall(r"room for ([\d.]+) sequences", planned(*args)[1])
+    parts, text, code = planned(*args, "--data.engine.gpu_memory_utilization", "0.4")
+    assert code == 0
+    assert (
+        f"can have {share} of the GPU (--data.engine.gpu_memory_utilization {share}, now 0.4): room for {room}" in text
+    )
+    # 36 layers x 8 heads x 128 x key and value x 2 bytes: 147 kB a token, 1.21 GB for 8,192 tokens.
+    assert float(room) == pytest.approx((parts["KV cache"][1] + (share - 0.4) * 80) / 1.208, abs=0.1)
+    _, text, code = planned(*args, "--data.engine.gpu_memory_utilization", "0.8")
+    assert code == 1
+    assert "sampling takes" in text
+    assert re.search(rf"--data.engine.gpu_memory_utilization {share} +[\d.]+ GB, fits", text)
+    parts, _, _ = planned(*args, "--data.engine.enforce_eager", "true")
+    assert parts["asleep engine"] == (1, 1)  # no CUDA graphs
 
 
 def test_what_doesnt_fit_is_told_with_what_would_help(planned, tmp_path):
