@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.metrics import accuracy
+from aspo_lightning.evaluation.metrics import accuracy
 from aspo_lightning.types import Prompt, RolloutGroup
 
 

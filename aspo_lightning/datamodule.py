@@ -3,9 +3,9 @@
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -14,44 +14,34 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from aspo_lightning.advantages import AdvantageEstimator
-from aspo_lightning.batching import Averaging
 from aspo_lightning.curriculum import Curriculum, Shuffled, resume, saved
 from aspo_lightning.engines import Generator, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.evaluation import Results, measure
-from aspo_lightning.guards import Probe
+from aspo_lightning.evaluation.metrics import measure
+from aspo_lightning.evaluation.results import Results
 from aspo_lightning.identity import INCIDENTAL, describe, prompts_digest, weights_digest
-from aspo_lightning.models import load_config, load_tokenizer, resolve_model
+from aspo_lightning.policy.hub import load_config, load_tokenizer, resolve_model
 from aspo_lightning.rewards import RewardPool
-from aspo_lightning.rollouts import (
+from aspo_lightning.rollouts.loop import Policy, build_phase, sample_phase
+from aspo_lightning.rollouts.mismatch import Probe
+from aspo_lightning.rollouts.sampling import sample_groups
+from aspo_lightning.rollouts.settings import (
+    Averaging,
     MismatchCorrection,
     NoSpread,
-    Phase,
+    Sampling,
     Shaping,
     TruncatedRule,
-    build_phase,
     check_phase,
-    has_task_spread,
+    check_sampling,
+    sizes_by_task,
 )
-from aspo_lightning.sampling import Sampling, sample_groups, sample_phase
-from aspo_lightning.tasks import Task, without_held_out, without_long
-from aspo_lightning.types import Evaluation, MicroBatch, Prompt, RolloutGroup
+from aspo_lightning.rollouts.shaping import has_task_spread
+from aspo_lightning.tasks.base import Task, without_held_out, without_long
+from aspo_lightning.types import Evaluation, MicroBatch, Phase, Prompt, RolloutGroup
 
 EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
-
-
-class Policy(Protocol):
-    """What a phase needs of the module that trains: see ``ASPOModule``."""
-
-    model_name_or_path: str
-    temperature: float
-
-    def score(
-        self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
-    ) -> list[tuple[Tensor, Tensor]]: ...
-
-    def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class RolloutDataModule(LightningDataModule):
@@ -459,18 +449,6 @@ class _EvaluationLoader:
         yield self._data.evaluate(self._name)
 
 
-def sizes_by_task(size: int | dict[str, int], tasks: Iterable[str]) -> dict[str, int]:
-    """The number of completions by task. Raises ConfigError unless each has one."""
-    if isinstance(size, int):
-        return dict.fromkeys(tasks, size)
-    if set(size) != set(tasks):
-        raise ConfigError(
-            f"data.eval_group_size is given for {', '.join(size)}, but the tasks of data.val are {', '.join(tasks)}. "
-            "Give a number for each, or one for all."
-        )
-    return {name: size[name] for name in tasks}
-
-
 def check_shared_engines(engine: Generator, ranks: int) -> None:
     """Raises ConfigError unless the ranks can be shared out among engines."""
     if ranks % engine.tensor_parallel_size:
@@ -493,21 +471,6 @@ def check_engine_devices(engine: Generator, device_ids: Sequence[int]) -> None:
             "from the first on. Name those you want in the environment variable CUDA_VISIBLE_DEVICES, like 4,5, and "
             f"give trainer.devices their number, {len(device_ids)}."
         )
-
-
-def check_sampling(sampling: Sampling, size_name: str, prefix: str) -> None:
-    """Raises ConfigError for settings no completion can be drawn with, or that draw siblings all alike."""
-    if sampling.group_size < 1:
-        raise ConfigError(f"{size_name} is {sampling.group_size}; it must be at least 1.")
-    if not 0 <= sampling.temperature < math.inf:
-        raise ConfigError(f"{prefix}temperature is {sampling.temperature}; it is >= 0 (0 is greedy).")
-    if sampling.temperature == 0 and sampling.group_size > 1:
-        raise ConfigError(
-            f"{prefix}temperature is 0 (greedy) with {size_name} {sampling.group_size}: all completions of a group "
-            f"would be the same. Set {prefix}temperature above 0 (the paper samples at 1.0)."
-        )
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"{prefix}top_p is {sampling.top_p}; allowed are numbers above 0, up to 1.")
 
 
 def check_agreement(policy: Policy, model_name_or_path: str, temperature: float) -> None:

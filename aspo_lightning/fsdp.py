@@ -39,19 +39,11 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from aspo_lightning.checkpoints import (
-    DIGESTS,
-    METADATA,
-    check_whole,
-    file_digest,
-    load,
-    not_written,
-    sync_to_disk,
-    write_text,
-)
-from aspo_lightning.models import load_config
-from aspo_lightning.scorer import ScoredCausalLM
-from aspo_lightning.weights import without_frozen
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.hub import load_config
+from aspo_lightning.policy.weights import without_frozen
+from aspo_lightning.run.checkpoints import DIGESTS, METADATA, check_whole, load
+from aspo_lightning.run.disk import file_digest, not_written, sync_to_disk, write_text
 
 TIMEOUT_MINUTES = 120
 """Ranks wait for the longest completion of a phase, and for the longest evaluation."""

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
-from aspo_lightning.checkpoints import check_between_phases
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.identity import INCIDENTAL
-from aspo_lightning.models import resolve_model
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
-from aspo_lightning.scorer import ScoredCausalLM, score_batches
+from aspo_lightning.policy.causal_lm import ScoredCausalLM, score_batches
+from aspo_lightning.policy.hub import resolve_model
+from aspo_lightning.policy.weights import full_weights, set_adapters, whole, without_frozen
+from aspo_lightning.run.checkpoints import check_between_phases
 from aspo_lightning.types import Evaluation, MicroBatch
-from aspo_lightning.weights import full_weights, set_adapters, whole, without_frozen
 
 TOKEN_METRICS = [
     "entropy",

@@ -1,7 +1,7 @@
 """The data that flows through a phase. All immutable."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -183,3 +183,23 @@ class MicroBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
         return MicroBatch(**{**values, **moved})
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What an epoch trains on, for one rank: iterating gives the micro-batches in training order."""
+
+    epoch: int
+    micro_batches: list[MicroBatch]
+    accumulate: int
+    """Micro-batches of an optimizer step."""
+    groups: list[RolloutGroup]
+    """All that were sampled, on all ranks, kept or not."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """By TensorBoard tag; the same on every rank."""
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)

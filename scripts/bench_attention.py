@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.types import MicroBatch
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aspo_lightning.batching import plan_phase
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.rollouts.packing import plan_phase
 from aspo_lightning.types import MicroBatch
 
 ROOT = Path(__file__).parent.parent

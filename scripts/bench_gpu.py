@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from aspo_lightning.engines import VLLMEngine
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import MicroBatch
-from aspo_lightning.weights import full_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {

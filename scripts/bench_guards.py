@@ -13,9 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from aspo_lightning import cli
+from aspo_lightning.cli.main import main as cli
 from aspo_lightning.datamodule import RolloutDataModule
-from aspo_lightning.guards import CollapseGuard, NonFiniteGuard, RatioCanary
+from aspo_lightning.run.guards import CollapseGuard, NonFiniteGuard, RatioCanary
 
 GUARDS = (NonFiniteGuard, RatioCanary, CollapseGuard)  # GracefulStop does nothing until it is needed
 WARM_UP = 2

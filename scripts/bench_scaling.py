@@ -22,7 +22,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from aspo_lightning.report import read_run
+from aspo_lightning.cli.report import read_run
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("generate", "score", "update")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from aspo_lightning.report import read_run
+from aspo_lightning.cli.report import read_run
 
 ROOT = Path(__file__).parent.parent
 THRESHOLD, TAG = 0.5, "eval/chain_sum/avg@4"

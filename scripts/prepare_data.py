@@ -19,8 +19,10 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.models import load_tokenizer
-from aspo_lightning.tasks import Dataset, read_rows, words
+from aspo_lightning.policy.hub import load_tokenizer
+from aspo_lightning.tasks import Dataset
+from aspo_lightning.tasks.base import words
+from aspo_lightning.tasks.rows import read_rows
 
 SAVE_EVERY = 500  # rows
 SHINGLE = 3  # words

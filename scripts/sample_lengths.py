@@ -11,8 +11,8 @@ from pathlib import Path
 
 from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.engines.base import SamplingRequest
-from aspo_lightning.models import load_tokenizer
-from aspo_lightning.sampling import sampling_seed
+from aspo_lightning.policy.hub import load_tokenizer
+from aspo_lightning.rollouts.sampling import sampling_seed
 from aspo_lightning.tasks import ReasoningGym
 
 

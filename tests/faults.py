@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import Precision
 
-from aspo_lightning import checkpoints
+from aspo_lightning.run import checkpoints
 
 
 class Completions(Callback):

@@ -13,7 +13,7 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"  # most of an engine's start
 
 import vllm  # noqa: F401
 
-from aspo_lightning.cli import main
+from aspo_lightning.cli.main import main
 
 gc.freeze()  # an engine collects garbage several times, and would look through all that was imported
 

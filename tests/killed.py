@@ -19,7 +19,7 @@ import vllm.model_executor.models.llama
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
 
-from aspo_lightning.cli import main
+from aspo_lightning.cli.main import main
 
 
 def start(command: list[str]) -> int:

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from aspo_lightning import ASPOModule
 from aspo_lightning.fsdp import FSDP2Strategy
-from aspo_lightning.weights import full_weights
+from aspo_lightning.policy.weights import full_weights
 
 
 def megabytes(field: str) -> float:

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from torch import distributed as dist
 
 from aspo_lightning.engines import SamplingRequest
+from aspo_lightning.policy.weights import whole
 from aspo_lightning.types import MicroBatch
-from aspo_lightning.weights import whole
 
 PROBE = [tuple(range(40, 40 + n)) for n in (3, 8, 5)]
 

@@ -16,7 +16,7 @@ import vllm.model_executor.models.llama
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
 
-from aspo_lightning.cli import main
+from aspo_lightning.cli.main import main
 
 gc.freeze()  # an engine collects garbage several times, and would look through all that was imported
 

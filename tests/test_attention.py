@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aspo_lightning import attention
-from aspo_lightning.attention import Packing, packed_attention
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.policy import attention
+from aspo_lightning.policy.attention import Packing, packed_attention
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.types import MicroBatch
 
 ROOT = Path(__file__).parent.parent

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspo_lightning.batching import loss_weights, plan_phase
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.rollouts.packing import loss_weights, plan_phase
 
 phases = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=1, max_size=12)
 

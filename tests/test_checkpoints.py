@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from aspo_lightning.checkpoints import AtomicCheckpointIO, check_whole, digest_path
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.run_folder import RunFolder, last_run
+from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_whole
+from aspo_lightning.run.disk import digest_path
+from aspo_lightning.run.folder import RunFolder, last_run
 
 IO = AtomicCheckpointIO()
 

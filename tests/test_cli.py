@@ -13,7 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aspo_lightning.cli import main
+from aspo_lightning.cli.main import main
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.objectives import Objective
 from tests.conftest import save_model, save_tokenizer

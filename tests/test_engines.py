@@ -11,9 +11,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from aspo_lightning.engines import SamplingRequest, TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import MicroBatch
-from aspo_lightning.weights import full_weights
 from tests.conftest import save_model, save_tokenizer
 
 PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 9, 40, 7)]  # one fills a block of the prefix cache

@@ -11,21 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aspo_lightning.cli.export import load_policy
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.evaluation import (
-    COMPLETIONS,
-    RESULT,
-    TABLE,
-    FileJournal,
-    Results,
-    check_folder,
-    measure,
-    read_known,
-)
-from aspo_lightning.export import load_policy
+from aspo_lightning.evaluation.metrics import measure
+from aspo_lightning.evaluation.results import COMPLETIONS, RESULT, TABLE, FileJournal, Results, check_folder, read_known
 from aspo_lightning.identity import weights_digest
+from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
-from aspo_lightning.weights import full_weights
 from tests.test_cli import ROOT, aspo, aspo_here, scalars, tiny_config, write
 
 SETTINGS = {"seed": 0, "benchmarks": {"sums": {"samples": 2}}}

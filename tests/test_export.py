@@ -5,8 +5,8 @@ import json
 import pytest
 
 from aspo_lightning import ASPOModule
-from aspo_lightning.checkpoints import AtomicCheckpointIO
-from aspo_lightning.export import main
+from aspo_lightning.cli.export import main
+from aspo_lightning.run.checkpoints import AtomicCheckpointIO
 from tests.conftest import save_model, save_tokenizer
 
 

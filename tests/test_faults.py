@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from aspo_lightning.run_folder import RunFolder
+from aspo_lightning.run.folder import RunFolder
 from tests.test_cli import ROOT, scalars, tiny_config
 from tests.test_fsdp import free_port
 

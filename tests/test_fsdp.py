@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from aspo_lightning import export
+from aspo_lightning.cli import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
 from aspo_lightning.fsdp import source_dtype
 from tests.conftest import save_model, save_tokenizer

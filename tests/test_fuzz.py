@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aspo_lightning import ASPOModule, RolloutDataModule
-from aspo_lightning.checkpoints import AtomicCheckpointIO, digest_path, trained_from
-from aspo_lightning.cli import Parser
+from aspo_lightning.cli.export import export
+from aspo_lightning.cli.parser import Parser
+from aspo_lightning.cli.report import read_result
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.evaluation import check_folder, read_known
-from aspo_lightning.export import export
-from aspo_lightning.report import read_result
+from aspo_lightning.evaluation.results import check_folder, read_known
 from aspo_lightning.rewards import RewardItem, RewardPool
+from aspo_lightning.run.checkpoints import AtomicCheckpointIO, trained_from
+from aspo_lightning.run.disk import digest_path
 from aspo_lightning.tasks import Dataset, MultipleChoice
 from tests.test_cli import tiny_config
 

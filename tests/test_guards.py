@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from aspo_lightning import ASPOModule
 from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.guards import CollapseGuard, NonFiniteGuard, Probe, RatioCanary
-from aspo_lightning.run_folder import RunFolder, RunRecord
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.rollouts.mismatch import Probe
+from aspo_lightning.run.folder import RunFolder, RunRecord
+from aspo_lightning.run.guards import CollapseGuard, NonFiniteGuard, RatioCanary
 from aspo_lightning.types import MicroBatch
 from tests.conftest import save_model, save_tokenizer
 from tests.one_step import make_groups

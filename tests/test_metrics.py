@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aspo_lightning import metrics
-from aspo_lightning.metrics import interval, maj_at_k, pass_at_k, repetition_rate
+from aspo_lightning.evaluation import metrics
+from aspo_lightning.evaluation.metrics import interval, maj_at_k, pass_at_k, repetition_rate
 
 
 @given(st.integers(1, 8), st.data())

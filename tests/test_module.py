@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from aspo_lightning import ASPOModule
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.objectives import GRPO
-from aspo_lightning.rollouts import build_phase
+from aspo_lightning.rollouts.loop import build_phase
 from aspo_lightning.types import Rollout, RolloutGroup
 from tests.one_step import MAX_LENGTH, OneStep, make_groups
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from aspo_lightning.cli import main
-from aspo_lightning.plan import activations, optimizer_states
+from aspo_lightning.cli.main import main
+from aspo_lightning.cli.memory import activations, optimizer_states
 from tests.conftest import save_model
 from tests.test_cli import ROOT, aspo_here
 

@@ -13,7 +13,8 @@ from aspo_lightning import ASPOModule, RolloutDataModule
 from aspo_lightning.curriculum import RisingLevels
 from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.tasks import Dataset, Task, without_held_out
+from aspo_lightning.tasks import Dataset
+from aspo_lightning.tasks.base import Task, without_held_out
 from tests.test_recipes import dapo_row, verl_row
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -3,7 +3,7 @@ import json
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from aspo_lightning import report
+from aspo_lightning.cli import report
 from aspo_lightning.errors import ConfigError
 
 

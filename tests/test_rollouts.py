@@ -13,19 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed as dist
 
-from aspo_lightning.batching import Plan
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.rollouts import (
-    Shaping,
-    build_phase,
-    check_phase,
-    correct_mismatch,
-    has_task_spread,
-    mismatch_metrics,
-    pack,
-    shaped_reward,
-    trained_sequences,
-)
+from aspo_lightning.rollouts.loop import build_phase
+from aspo_lightning.rollouts.mismatch import correct_mismatch, mismatch_metrics
+from aspo_lightning.rollouts.packing import Plan, pack
+from aspo_lightning.rollouts.settings import Shaping, check_phase
+from aspo_lightning.rollouts.shaping import has_task_spread, shaped_reward, trained_sequences
 from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aspo_lightning.cli import RUN
+from aspo_lightning.cli.fit import RUN
 from tests.test_cli import scalars
 from tests.test_faults import Ranks, state
 

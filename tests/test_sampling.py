@@ -7,11 +7,12 @@ import pytest
 
 from aspo_lightning.curriculum import PassRate
 from aspo_lightning.engines.base import Generator
-from aspo_lightning.evaluation import FileJournal, measure, read_known
-from aspo_lightning.metrics import accuracy
+from aspo_lightning.evaluation.metrics import accuracy, measure
+from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
-from aspo_lightning.rollouts import rollout_metrics
-from aspo_lightning.sampling import Sampling, sample_groups, sample_phase, sampling_seed
+from aspo_lightning.rollouts.loop import rollout_metrics, sample_phase
+from aspo_lightning.rollouts.sampling import sample_groups, sampling_seed
+from aspo_lightning.rollouts.settings import Sampling
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
 

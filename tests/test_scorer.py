@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from aspo_lightning import scorer
-from aspo_lightning.attention import Packing
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.matmul import matmul, use_fast_linears
-from aspo_lightning.scorer import ScoredCausalLM, _chunk_size, token_logprobs
+from aspo_lightning.policy.attention import Packing
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.fast_linears import use_fast_linears
+from aspo_lightning.scorer import _chunk_size, matmul, token_logprobs
 from aspo_lightning.types import MicroBatch
 from tests.conftest import save_model
 

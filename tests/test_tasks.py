@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.models import load_config, load_tokenizer, resolve_model
-from aspo_lightning.tasks import Dataset, Mixture, MultipleChoice, ReasoningGym, without_held_out, without_long
+from aspo_lightning.policy.hub import load_config, load_tokenizer, resolve_model
+from aspo_lightning.tasks import Dataset, Mixture, MultipleChoice, ReasoningGym
+from aspo_lightning.tasks.base import without_held_out, without_long
 
 SUMS = {"min_terms": 2, "max_terms": 2}
 

@@ -12,14 +12,14 @@ from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from aspo_lightning import ASPOModule, RolloutDataModule
-from aspo_lightning.callbacks import PhaseReport
 from aspo_lightning.datamodule import check_engine_devices
 from aspo_lightning.engines import TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError, EngineError
-from aspo_lightning.guards import CollapseGuard
 from aspo_lightning.identity import describe, incidental
+from aspo_lightning.policy.weights import full_weights
+from aspo_lightning.run.callbacks import PhaseReport
+from aspo_lightning.run.guards import CollapseGuard
 from aspo_lightning.tasks import Dataset
-from aspo_lightning.weights import full_weights
 
 
 @pytest.fixture(scope="module")

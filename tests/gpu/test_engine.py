@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("peft", reason="the scorer needs peft, which isn't installed")
 
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
-from aspo_lightning.scorer import ScoredCausalLM
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import MicroBatch
-from aspo_lightning.weights import full_weights
 
 CYCLES = 20
 REQUESTS = [SamplingRequest(tuple(range(10, 10 + n)), 24, seed, 0.8) for n in (3, 9, 40) for seed in range(8)]

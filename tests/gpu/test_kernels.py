@@ -10,9 +10,9 @@ pytest.importorskip("peft", reason="the scorer needs peft, which isn't installed
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from aspo_lightning.attention import Packing, packed_attention
-from aspo_lightning.matmul import matmul
-from aspo_lightning.scorer import ScoredCausalLM, token_logprobs
+from aspo_lightning.policy.attention import Packing, packed_attention
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.scorer import matmul, token_logprobs
 from aspo_lightning.types import MicroBatch
 from tests.gpu.conftest import DEVICE, ROOM, on, peak
 

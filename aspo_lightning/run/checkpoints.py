@@ -3,19 +3,19 @@
 import json
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run.disk import digest_path, file_digest, not_written, sync_to_disk, write_text
 
 METADATA = "meta.pt"  # Lightning's name for what isn't sharded in a sharded checkpoint
+
 DIGESTS = "xxh3.json"  # in a sharded checkpoint: of all its files
 
 
@@ -61,20 +61,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         digest_path(Path(path)).unlink(missing_ok=True)
 
 
-def file_digest(path: Path) -> str:
-    """Fast, and changes with any byte."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def digest_path(path: Path) -> Path:
-    """Where the digest of a checkpoint file is."""
-    return path.with_name(f".{path.name}.xxh3")
-
-
 def check_whole(path: Path) -> None:
     """Raises ConfigError if a checkpoint (a file, or the folder of a sharded one) is damaged, as far as can be told."""
     path = path.resolve()
@@ -97,38 +83,6 @@ def check_whole(path: Path) -> None:
             f"The checkpoint {path} is damaged: {reason}. Resume from another; with the run's folder as --ckpt_path "
             "that is the newest whole one."
         )
-
-
-def not_written(path: Path, error: BaseException) -> ConfigError:
-    """What to say of a checkpoint that couldn't be written."""
-    folder = next(parent for parent in path.parents if parent.exists())
-    full = shutil.disk_usage(folder).free < 1 << 20
-    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return ConfigError(
-        f"The checkpoint {path} couldn't be written: {reason}. Those before it are as they were; resume from there "
-        "with the command that the run printed when it started."
-    )
-
-
-def sync_to_disk(path: Path) -> None:
-    """Returns when what was written to a file, or a folder's list of names, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        sync_to_disk(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_to_disk(path.parent)
 
 
 def load(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aspo_lightning import paper
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.evaluation import RESULT, scores, show
+from aspo_lightning.evaluation import paper
+from aspo_lightning.evaluation.metrics import interval, scores
+from aspo_lightning.evaluation.results import RESULT, show
 from aspo_lightning.identity import flat
-from aspo_lightning.metrics import interval
 
 PANELS = [
     ("rollout/accuracy", "accuracy of the rollouts"),
@@ -19,6 +19,7 @@ PANELS = [
     ("policy/clip_fraction_positive", "clip fraction, A > 0"),
     ("policy/clip_fraction_negative", "clip fraction, A < 0"),
 ]
+
 EDGE = 5  # epochs that the table averages at either end
 
 Curves = dict[str, list[tuple[int, float]]]

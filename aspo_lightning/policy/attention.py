@@ -187,4 +187,5 @@ def _for_transformers(
 
 
 AttentionInterface.register(NAME, _for_transformers)
+
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,8 +1,7 @@
-"""Evaluations: what is measured of a benchmark's completions, and the folder that keeps it.
+"""The folder that keeps an evaluation: of one model under one set of settings.
 
-A folder is that of one model under one set of settings. It holds ``result.json`` (settings, versions, measurements,
-scores of each problem), ``completions.jsonl`` and ``table.md``; until all is done, ``journal/`` holds what is done so
-far, and the evaluation goes on from there.
+It holds ``result.json`` (settings, versions, measurements, scores of each problem), ``completions.jsonl`` and
+``table.md``; until all is done, ``journal/`` holds what is done so far, and the evaluation resumes from there.
 """
 
 import json
@@ -10,65 +9,20 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import distributed as dist
 
-from aspo_lightning.checkpoints import write_text
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.evaluation.metrics import Measurement
 from aspo_lightning.identity import differences
-from aspo_lightning.metrics import interval, maj_at_k, pass_at_k, repetition_rate
-from aspo_lightning.provenance import versions
+from aspo_lightning.run.disk import write_text
+from aspo_lightning.run.provenance import versions
 from aspo_lightning.types import RolloutGroup
 
 RESULT, COMPLETIONS, TABLE = "result.json", "completions.jsonl", "table.md"
+
 SETTINGS, JOURNAL = "settings.json", "journal"
-
-
-class Measurement(NamedTuple):
-    """A mean over problems, with its 95% bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def measure(groups: Sequence[RolloutGroup], further_k: Sequence[int] = ()) -> dict[str, Measurement]:
-    """What the completions of a benchmark tell, by name.
-
-    avg@k, pass@k and maj@k as in ``scores``; length in tokens, truncated_fraction, repetition_rate and failed_rewards
-    (a share) of all completions.
-    """
-    samples = len(groups[0].rollouts)
-    problems = [([r.solved for r in g.rollouts], [r.answer for r in g.rollouts]) for g in groups]
-    values = scores(problems, further_k)
-    for name, of in (
-        ("length", lambda r: r.sampled_length),
-        ("truncated_fraction", lambda r: r.truncated),
-        ("repetition_rate", lambda r: repetition_rate(r.text)),
-        ("failed_rewards", lambda r: r.failed),
-    ):
-        values[name] = [math.fsum(map(of, g.rollouts)) / samples for g in groups]
-    return {name: Measurement(math.fsum(v) / len(v), *interval(v)) for name, v in values.items()}
-
-
-def scores(
-    problems: Sequence[tuple[Sequence[bool], Sequence[str | None]]], further_k: Sequence[int] = ()
-) -> dict[str, list[float]]:
-    """Of each problem, given which of its k completions solve it, and what they answer.
-
-    - avg@k: the share of solutions.
-    - pass@k, maj@k: see ``metrics``; for that k, if it is more than 1, and for ``further_k``. maj@k only where the
-      reward tells what a completion answers.
-    """
-    samples = len(problems[0][0])
-    values = {f"avg@{samples}": [sum(solved) / samples for solved, _ in problems]}
-    voted = any(answer is not None for _, answers in problems for answer in answers)
-    for k in sorted({*further_k, *([samples] if samples > 1 else [])}):
-        values[f"pass@{k}"] = [pass_at_k(samples, sum(solved), k) for solved, _ in problems]
-        if voted:
-            values[f"maj@{k}"] = [maj_at_k(answers, solved, k) for solved, answers in problems]
-    return values
 
 
 class Results:

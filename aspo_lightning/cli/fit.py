@@ -1,17 +1,11 @@
-"""The command line: ``aspo fit | validate | test | plan | export | report``."""
+"""``aspo fit`` and ``aspo validate``: LightningCLI with runs, guards and checkpoints around it."""
 
-import inspect
 import os
-import re
 import shlex
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
-
-# Before torch and tokenizers are imported: the reward processes are forked off a process with threads otherwise.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
@@ -21,88 +15,28 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-from aspo_lightning import export, report
-from aspo_lightning.callbacks import (
-    BestCheckpoint,
-    EvaluationReport,
-    EvaluationResults,
-    PhaseReport,
-    RunCheckpoint,
-    peak_memory_gb,
-)
-from aspo_lightning.checkpoints import AtomicCheckpointIO, check_resumable, trained_from, trained_steps
-from aspo_lightning.curriculum import Curriculum
+from aspo_lightning.cli.ranks import wait_for_ranks
 from aspo_lightning.datamodule import RolloutDataModule
-from aspo_lightning.engines import Generator
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError, EngineError
-from aspo_lightning.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
+from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResults
 from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
-from aspo_lightning.objectives import Objective
-from aspo_lightning.plan import Planner
-from aspo_lightning.rewards.runner import die_with_parent
-from aspo_lightning.run_folder import (
-    RunFolder,
-    RunRecord,
-    check_writable,
-    find_checkpoint,
-    is_run,
-    is_trained,
-    last_run,
-    new_run,
-)
-from aspo_lightning.tasks import Task
-
-
-class Parser(LightningArgumentParser):
-    """Reports a bad setting in one line."""
-
-    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
-        """Checks null like any other value, which jsonargparse leaves out; each class' settings have such a parser."""
-        super().validate(namespace, *args, **kwargs)  # first what is missing, which is null here as well
-        super().validate(namespace, *args, **{**kwargs, "skip_unset": False})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = " ".join(message.split())
-        # A class' settings have a parser of their own, whose message is in that of the parser above it.
-        if match := re.search(r'Parser key "([^"]+)".*?(?:([\w.]+) is null\.|value: None\b)', message):
-            key = ".".join(filter(None, match.groups()))
-            message = f"{key} is null. Give it a value, or leave it out for the default."
-        elif match := re.search(
-            r'"(?:\w+\.)*(model\.objective|data\.(?:engine|train|val|curriculum))".*import path string: (\S+)', message
-        ):
-            key, name = match.groups()
-            known = ", ".join(sorted(subclass_names(SWAPPABLE[key])))
-            message = (
-                f"{key} is {name!r}, which is no class of its kind. Known are {known}; any other by its import path."
-            )
-        raise ConfigError(message)
-
-
-SWAPPABLE: dict[str, type] = {
-    "model.objective": Objective,
-    "data.engine": Generator,
-    "data.train": Task,
-    "data.val": Task,
-    "data.curriculum": Curriculum,
-}
-
-
-def subclass_names(base: type) -> set[str]:
-    """Names of all concrete classes below ``base``."""
-    children: list[type] = base.__subclasses__()
-    below = {name for child in children for name in subclass_names(child)}
-    return below | {child.__name__ for child in children if not inspect.isabstract(child)}
-
+from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint, peak_memory_gb
+from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_resumable, trained_steps
+from aspo_lightning.run.disk import check_writable
+from aspo_lightning.run.folder import RunFolder, RunRecord, find_checkpoint, is_run, last_run, new_run
+from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
 
 GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
-SAVED = {"best": BestCheckpoint, "checkpoint": RunCheckpoint}
-CALLBACKS = {**GUARDS, **SAVED}
 
+SAVED = {"best": BestCheckpoint, "checkpoint": RunCheckpoint}
+
+CALLBACKS = {**GUARDS, **SAVED}
 
 RUN = "{run}"
 """In a logger's settings: the run's folder."""
+
 DEFAULT_LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": RUN}}
 
 
@@ -242,98 +176,6 @@ class ASPOCLI(LightningCLI):
         wait_for_ranks(self.trainer)
 
 
-class EvaluationCLI(ASPOCLI):
-    """``aspo test``: evaluates a model, and keeps what comes of it in a folder."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--out", type=Path | None, default=None, help="folder of the results; results/MODEL if unset"
-        )
-        parser.add_argument("--only", type=list[str], default=[], help="of the tasks in data.val: [aime24, amc23]")
-
-    def before_instantiate_classes(self) -> None:
-        config = self.config.test
-        source = Path(config.ckpt_path or config.model.model_name_or_path).expanduser()
-        config.ckpt_path = config.ckpt_path or (str(source) if is_trained(source) else None)
-        super().before_instantiate_classes()
-        warnings.filterwarnings("ignore", message="The dirpath has changed")  # nothing is saved here
-        if config.only:
-            choose(config.data, config.only)
-        name = source.name
-        if config.ckpt_path:
-            checkpoint = Path(config.ckpt_path)
-            for key, value in trained_from(checkpoint).items():
-                config.model[key] = value
-            config.data.model_name_or_path = config.model.model_name_or_path
-            run = checkpoint.parent.parent
-            name = f"{run.parent.name}_{run.name}_{checkpoint.stem}"
-        config.out = config.out or Path("results") / name
-        check_writable(config.out.parent, "--out")
-        config.verbose = False
-
-    def before_test(self) -> None:
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        next(c for c in callbacks if isinstance(c, EvaluationResults)).folder = self.config.test.out
-
-    def after_test(self) -> None:
-        self.datamodule.close()
-        wait_for_ranks(self.trainer)
-
-
-class PlanCLI(ASPOCLI):
-    """``aspo plan``: takes what ``aspo fit`` takes, and shows what that would need."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--gpu-memory", type=float | None, default=None, help="GB (decimal) of a GPU; 80 if unset")
-
-    def before_instantiate_classes(self) -> None:
-        check_checkpoints(self.config.fit.checkpoint)
-        check_strategy(self.config.fit.trainer.strategy)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return Planner(self.config_init.fit.trainer, self.config_init.fit.gpu_memory)
-
-    def before_fit(self) -> None:
-        pass
-
-    def after_fit(self) -> None:
-        pass
-
-
-def choose(data: Namespace, names: list[str]) -> None:
-    """Leaves only the named tasks to evaluate. Raises ConfigError if there is no such task."""
-    if unknown := [name for name in names if name not in (data.val or {})]:
-        raise ConfigError(f"--only names {unknown[0]}, but the tasks of data.val are {', '.join(data.val or {})}.")
-    data.val = {name: data.val[name] for name in names}
-    if isinstance(data.eval_group_size, dict):
-        data.eval_group_size = {name: size for name, size in data.eval_group_size.items() if name in names}
-
-
-MAIN_PROCESS = "ASPO_MAIN_PROCESS"  # in the environment of the ranks that Lightning starts: the id of the first
-
-
-def die_with_main_process() -> None:
-    """Ends this process when the first rank of this machine ends, if that has started it.
-
-    Lightning watches the processes that it starts, but not the first: over NCCL they would wait for it, and spin, until
-    a time limit.
-    """
-    main = os.environ.setdefault(MAIN_PROCESS, str(os.getpid()))
-    if main == str(os.getpid()) or os.environ.get("LOCAL_RANK", "0") == "0":
-        return
-    die_with_parent()
-    if main != str(os.getppid()):
-        sys.exit(1)  # it ended before
-
-
-def wait_for_ranks(trainer: Trainer) -> None:
-    """Returns when the ranks that this process has started have ended: what they still do would end with it."""
-    for process in getattr(trainer.strategy.launcher, "procs", []):
-        process.wait()
-
-
 RESTARTED = "ASPO_RESTARTED"  # in the environment of a run that was started again, why
 
 
@@ -461,54 +303,3 @@ def check_strategy(strategy: Any) -> None:
     kind = name.rpartition(".")[2].lower()
     if kind.startswith(("fsdp", "deepspeed", "modelparallel")) and not kind.startswith("fsdp2"):
         raise ConfigError(f"trainer.strategy is {name}: use fsdp2, which shards the model, or ddp, which doesn't.")
-
-
-# Of libraries, and nothing that a user could act on.
-HARMLESS_WARNINGS = [
-    r"Total length of `list` across ranks is zero",  # a run without held-out tasks
-    r".*torch\.distributed\.reduce_op.* is deprecated",  # vLLM looks at it
-    r".*LeafSpec.* is deprecated",  # Lightning uses it
-    r"It is recommended to use .self\.log\(.*sync_dist=True",  # it is used; vLLM's process group confuses Lightning
-]
-
-
-MODEL = "--model.model_name_or_path"  # what a user means by --model, which LightningCLI takes for a config file
-
-TOOLS = {"export": export.main, "report": report.main}
-
-
-def config_error(error: BaseException | None) -> ConfigError | None:
-    """The error, or the one below it, that is for people: jsonargparse wraps those of a class that may be left out."""
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def main() -> None:
-    """Entry point of the console script ``aspo``."""
-    die_with_main_process()
-    for message in HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    sys.path.append(str(Path.cwd()))  # parts that a user wrote, like my_package.MyObjective
-    try:
-        command = sys.argv[1] if len(sys.argv) > 1 else ""
-        if tool := TOOLS.get(command):
-            return tool(sys.argv[2:])
-        cli = {"plan": PlanCLI, "test": EvaluationCLI}.get(command, ASPOCLI)
-        if command == "plan":
-            sys.argv[1] = "fit"  # which is what it parses
-        sys.argv[1:] = [MODEL if a == "--model" else a.replace("--model=", f"{MODEL}=", 1) for a in sys.argv[1:]]
-        cli(
-            ASPOModule,
-            RolloutDataModule,
-            save_config_callback=None,  # RunRecord does it
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"description": "Also: aspo plan (takes what fit takes), aspo export, aspo report."},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
-    except ValueError as error:
-        if (cause := config_error(error)) is None:
-            raise
-        sys.exit(f"aspo: error: {cause}")

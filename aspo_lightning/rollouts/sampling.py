@@ -1,31 +1,21 @@
-"""Sampling: prompts -> completions -> rewards, by turns where an environment answers. Every rank samples its share."""
+"""Prompts -> completions -> rewards, by turns where an environment answers. Every rank samples its share."""
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.engines.base import Generator, SamplingRequest, engine_errors
 from aspo_lightning.rewards import Call, RewardItem, RewardPool
+from aspo_lightning.rollouts.settings import Sampling
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
 SCORED_AT_ONCE = 64
 """Completions; what is scored goes to the journal in such portions."""
-
-
-class Sampling(NamedTuple):
-    """How completions are drawn."""
-
-    group_size: int
-    max_tokens: int
-    """Of a completion; of all its turns and their replies together."""
-    temperature: float
-    top_p: float
-    seed: int
 
 
 def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int = 0) -> int:
@@ -246,34 +236,3 @@ def _turn(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequen
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def sample_phase(
-    draw: Callable[[int, int, Sequence[RolloutGroup]], list[Prompt]],
-    sample: Callable[[Sequence[Prompt]], tuple[list[RolloutGroup], dict[str, float]]],
-    useful: Callable[[RolloutGroup], bool],
-    count: int,
-    *,
-    max_refills: int = 0,
-) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Samples ``count`` groups, and more of them while fewer than ``count`` are useful (DAPO's dynamic sampling).
-
-    Args:
-        draw: (attempt, prompts wanted, groups so far) -> prompts; fewer where there are no more.
-        sample: prompts -> (groups, seconds by part).
-        useful: whether a group can be trained on.
-        max_refills: how many more times to sample.
-
-    Returns:
-        All groups, in the order sampled, and the seconds of all rounds together.
-    """
-    groups: list[RolloutGroup] = []
-    times: dict[str, float] = {}
-    for attempt in range(max_refills + 1):
-        missing = count - sum(map(useful, groups))
-        if missing <= 0 or not (prompts := draw(attempt, missing, groups)):
-            break
-        more, seconds = sample(prompts)
-        groups += more
-        times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
-    return groups, times

@@ -1,6 +1,6 @@
-"""Matrix products: float32 out whatever goes in, and fast on CPUs.
+"""Linear layers that are fast on CPUs.
 
-On a CPU they go through oneDNN instead of torch's default, MKL, which on AMD processors runs at half its speed.
+In float32 they go through oneDNN instead of torch's default, MKL, which on AMD processors runs at half its speed.
 """
 
 from types import MethodType
@@ -8,22 +8,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a[M, K] @ b[K, N] in float32 (float64 for float64 input).
-
-    16-bit inputs on a GPU keep the float32 accumulator instead of rounding it; on a CPU they are widened.
-    """
-    if a.dtype == torch.float64:
-        return a @ b
-    if a.device.type == "cuda":
-        return a @ b if a.dtype == b.dtype == torch.float32 else torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
-    a, b = a.float(), b.float()
-    if _HAS_ONEDNN and a.numel() and b.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-    return a @ b
+from aspo_lightning.scorer import HAS_ONEDNN, matmul
 
 
 class _Linear(torch.autograd.Function):
@@ -54,7 +39,7 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
 
 def use_fast_linears(model: nn.Module) -> None:
     """Has the linear layers of ``model`` use oneDNN where they compute in float32 on a CPU."""
-    if _HAS_ONEDNN:
+    if HAS_ONEDNN:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.forward = MethodType(_forward, module)  # type: ignore[method-assign]

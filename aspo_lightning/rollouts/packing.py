@@ -1,12 +1,13 @@
-"""Planning a phase: groups -> optimizer steps x micro-batches x ranks, balanced, and the weights of the loss."""
+"""Planning a phase: groups -> optimizer steps x micro-batches x ranks, balanced; rows, and the weights of the loss."""
 
 import heapq
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from aspo_lightning.errors import ConfigError
-
-Averaging = Literal["token_mean", "sequence_mean", "sequence_sum"]
+from aspo_lightning.rollouts.settings import Averaging
+from aspo_lightning.rollouts.shaping import TrainedSequence
+from aspo_lightning.types import MicroBatch
 
 
 class Plan(NamedTuple):
@@ -120,3 +121,42 @@ def loss_weights(
     if averaging == "sequence_mean":
         return [scale / (sequences * max(1, n)) for n in completion_lengths]
     return [scale / (sequences * max_completion_length)] * len(completion_lengths)
+
+
+def pack(
+    sequences: Sequence[TrainedSequence],
+    plan: Plan,
+    averaging: Averaging,
+    max_completion_length: int,
+    rank: int,
+    world_size: int,
+) -> list[MicroBatch]:
+    """The micro-batches of a rank, in training order, not yet scored. One empty batch if there are no sequences."""
+    if not sequences:
+        return [MicroBatch.from_sequences([])]
+    batches = []
+    for step in plan.steps:
+        members = [i for ranks in step for bin in ranks for i in bin]
+        weights = dict(
+            zip(
+                members,
+                loss_weights(
+                    [sequences[i].rollout.sampled_length for i in members],
+                    averaging,
+                    scale=plan.accumulate * world_size,
+                    max_completion_length=max_completion_length,
+                ),
+                strict=True,
+            )
+        )
+        batches += [
+            MicroBatch.from_sequences(
+                [(sequences[i].prompt_ids, sequences[i].rollout.completion_ids) for i in bin],
+                sampled=[sequences[i].rollout.sampled for i in bin],
+                advantages=[sequences[i].advantage for i in bin],
+                loss_weights=[weights[i] for i in bin],
+                generator_logprobs=[sequences[i].rollout.generator_logprobs for i in bin],
+            )
+            for bin in step[rank]
+        ]
+    return batches

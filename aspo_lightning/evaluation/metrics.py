@@ -1,8 +1,9 @@
-"""Measurements of completions: repetition, accuracy, how k samples solve a problem, and how sure a mean of those is."""
+"""What is measured of sampled groups: accuracy, repetition, avg@k, pass@k, maj@k and their intervals."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -85,3 +86,49 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     tail = special.ndtr(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+class Measurement(NamedTuple):
+    """A mean over problems, with its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def measure(groups: Sequence[RolloutGroup], further_k: Sequence[int] = ()) -> dict[str, Measurement]:
+    """What the completions of a benchmark tell, by name.
+
+    avg@k, pass@k and maj@k as in ``scores``; length in tokens, truncated_fraction, repetition_rate and failed_rewards
+    (a share) of all completions.
+    """
+    samples = len(groups[0].rollouts)
+    problems = [([r.solved for r in g.rollouts], [r.answer for r in g.rollouts]) for g in groups]
+    values = scores(problems, further_k)
+    for name, of in (
+        ("length", lambda r: r.sampled_length),
+        ("truncated_fraction", lambda r: r.truncated),
+        ("repetition_rate", lambda r: repetition_rate(r.text)),
+        ("failed_rewards", lambda r: r.failed),
+    ):
+        values[name] = [math.fsum(map(of, g.rollouts)) / samples for g in groups]
+    return {name: Measurement(math.fsum(v) / len(v), *interval(v)) for name, v in values.items()}
+
+
+def scores(
+    problems: Sequence[tuple[Sequence[bool], Sequence[str | None]]], further_k: Sequence[int] = ()
+) -> dict[str, list[float]]:
+    """Of each problem, given which of its k completions solve it, and what they answer.
+
+    - avg@k: the share of solutions.
+    - pass@k, maj@k: see ``metrics``; for that k, if it is more than 1, and for ``further_k``. maj@k only where the
+      reward tells what a completion answers.
+    """
+    samples = len(problems[0][0])
+    values = {f"avg@{samples}": [sum(solved) / samples for solved, _ in problems]}
+    voted = any(answer is not None for _, answers in problems for answer in answers)
+    for k in sorted({*further_k, *([samples] if samples > 1 else [])}):
+        values[f"pass@{k}"] = [pass_at_k(samples, sum(solved), k) for solved, _ in problems]
+        if voted:
+            values[f"maj@{k}"] = [maj_at_k(answers, solved, k) for solved, answers in problems]
+    return values

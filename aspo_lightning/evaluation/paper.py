@@ -1,12 +1,14 @@
 """What the paper measured (arXiv 2510.06062), in percent: avg@k at temperature 0.8 and 32,768 tokens."""
 
 _MATH = ("aime24/avg@64", "aime25/avg@64", "amc23/avg@64", "math500/avg@4", "minerva/avg@8", "olympiadbench/avg@4")
+
 _CODE = (
     "livecodebench_v5/avg@8",
     "livecodebench_v5/pass@8",
     "livecodebench_v6/avg@16",
     "livecodebench_v6/pass@16",
 )
+
 _BASE = "DeepSeek-R1-Distill-Qwen-1.5B"
 
 _MATH_ROWS = {
@@ -21,6 +23,7 @@ _MATH_ROWS = {
     "Qwen3-8B + GRPO": (50.3, 34.1, 84.1, 92.7, 50.2, 68.2),
     "Qwen3-8B + ASPO": (52.4, 38.9, 89.1, 93.6, 50.6, 69.8),
 }
+
 _CODE_ROWS = {
     _BASE: (16.7, 29.0, 17.2, 34.4),
     f"{_BASE} + GRPO": (26.0, 40.5, 27.6, 43.5),

@@ -6,16 +6,16 @@ import json
 import math
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from aspo_lightning.checkpoints import METADATA, check_whole, metadata, trained_steps, write_text
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.provenance import git_revision, versions
+from aspo_lightning.run.checkpoints import METADATA, check_whole, metadata, trained_steps
+from aspo_lightning.run.disk import write_text
+from aspo_lightning.run.provenance import git_revision, versions
 
 
 class RunFolder:
@@ -175,18 +175,6 @@ def find_checkpoint(source: Path) -> Path:
         f"{source} is neither a run's folder (like runs/quickstart/version_0) nor a checkpoint (like "
         "runs/quickstart/version_0/checkpoints/epoch_00029.ckpt)."
     )
-
-
-def check_writable(folder: Path, setting: str) -> None:
-    """Raises ConfigError unless files can be made in ``folder``; makes it if need be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"The output folder {folder} can't be written to ({error.strerror}). Choose another with {setting}."
-        ) from error
 
 
 class RunRecord(Callback):

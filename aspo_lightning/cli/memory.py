@@ -1,41 +1,36 @@
-"""``aspo plan --config ...``: what a run takes, before anyone rents a GPU for it.
+"""The memory of a run, counted before it starts.
 
 Weights, gradients and optimizer state are counted on a model without memory (the meta device); activations by letting
 that model run its forward pass and noting what it would keep for backward.
 """
 
-import copy
 import functools
 import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from jsonargparse import Namespace
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from aspo_lightning.datamodule import RolloutDataModule, check_shared_engines
+from aspo_lightning.cli.plan import FRAGMENTATION, MOST_OF_A_GPU, asleep
 from aspo_lightning.engines import Generator, TransformersEngine, VLLMEngine
-from aspo_lightning.fsdp import FSDP2Strategy, blocks
-from aspo_lightning.module import ASPOModule
-from aspo_lightning.scorer import CHUNK_SIZE, ScoredCausalLM
+from aspo_lightning.fsdp import blocks
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.scorer import CHUNK_SIZE
 
 GB = 1e9
+
 FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
+
 # GB of a process without a model. cuda: context and NCCL's buffers, by rule of thumb; cpu: torch, vLLM, transformers
 # and Lightning, measured.
 RUNTIME = {"cuda": 3.0, "cpu": 0.95}
-# By rule of thumb: what a sleeping engine keeps on a GPU (CUDA graphs, and the workspaces of kernels and sampler), in
-# GB; and the part of its memory that the trainer's allocator has in pieces too small to use or to give back.
-ASLEEP, ASLEEP_EAGER = 2.0, 1.0
-FRAGMENTATION = 0.1
-MOST_OF_A_GPU = 0.9
-"""The largest share of it that is suggested for the engine."""
+
 DEFAULT_GPU_MEMORY = 80.0
+
 CPU_BATCHED_TOKENS = 4096  # of a prefill by vLLM's CPU build
 
 
@@ -171,11 +166,6 @@ def in_gb(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GB for name, size in parts.items()}
 
 
-def asleep(engine: Generator) -> float:
-    """Bytes that vLLM keeps on a GPU while it sleeps. They count in its share."""
-    return (ASLEEP_EAGER if getattr(engine, "enforce_eager", False) else ASLEEP) * GB
-
-
 def engine_memory(run: Run, config: Any, count: int) -> tuple[dict[str, float], float, float]:
     """(bytes by part, bytes of the KV cache, bytes of it that a token takes) of an engine."""
     engine = run.engine
@@ -203,162 +193,6 @@ def engine_memory(run: Run, config: Any, count: int) -> tuple[dict[str, float], 
     return {**parts, "KV cache": cache}, cache, per_token
 
 
-def with_share(run: Run, share: float) -> Run:
-    """With another ``gpu_memory_utilization``."""
-    engine = copy.copy(run.engine)
-    cast(VLLMEngine, engine).gpu_memory_utilization = share
-    return replace(run, engine=engine)
-
-
-def changes(run: Run, share: float | None) -> dict[str, Run]:
-    """Settings that take less memory, and the run that each makes of this one; ``share`` is free for the engine."""
-    found: dict[str, Run] = {}
-    if share:
-        found[f"--data.engine.gpu_memory_utilization {share:g}"] = with_share(run, share)
-    strategy = "--trainer.strategy FSDP2Strategy " * run.strategy_by_name + "--trainer.strategy"
-    if not run.gradient_checkpointing:
-        found["--model.gradient_checkpointing true"] = replace(run, gradient_checkpointing=True)
-    if run.token_budget > run.longest_sequence:
-        found[f"--data.token_budget {run.longest_sequence}"] = replace(run, token_budget=run.longest_sequence)
-    if not run.half and run.on_gpu:
-        found["--trainer.precision bf16-mixed"] = replace(run, half=True)
-    if not run.sharded and run.world_size > 1:
-        found["--trainer.strategy fsdp2"] = replace(run, sharded=True, strategy_by_name=True)
-    if run.sharded and not run.reduces_each:
-        found[f"{strategy}.reduce_each_micro_batch true"] = replace(run, reduces_each=True)
-    if run.on_gpu and run.sharded and not run.cpu_offload:
-        found[f"{strategy}.cpu_offload true"] = replace(run, cpu_offload=True)
-    if not run.lora_rank:
-        found["--model.lora_rank 32"] = replace(run, lora_rank=32, reference=False)
-    if run.on_gpu:
-        found[f"--trainer.num_nodes {2 * run.nodes}"] = replace(run, nodes=2 * run.nodes)
-    return found
-
-
-def problems(run: Run, plan: Plan) -> list[str]:
-    """Why a plan doesn't fit, one line each."""
-    found = []
-    for name, peak in zip(("an update", "sampling"), plan.peaks, strict=True):
-        if peak > run.gpu_memory:
-            found.append(f"{name} takes {peak:.1f} GB, {peak - run.gpu_memory:.1f} more than there are")
-    if plan.full_length_completions < 1:
-        found.append(
-            "the KV cache has no room for one sequence of full length. Raise --data.engine.gpu_memory_utilization, "
-            "--data.engine.tensor_parallel_size or --data.engine.kv_cache_gib"
-        )
-    return list(dict.fromkeys(found))
-
-
-def report(run: Run, plan: Plan, epoch: list[str]) -> tuple[str, bool]:
-    """(what a person reads, whether it fits)."""
-    where = ("GPU" if run.on_gpu else "CPU process") + "s" * (run.world_size > 1)
-    strategy = ", fsdp2" if run.sharded else ""
-    lines = [f"{run.model_name_or_path} on {run.world_size} {where}{strategy}", ""]
-    lines.append(f"{'GB of each':<24}{'update':>9}{'sampling':>10}")
-    for part, in_update, in_sampling in (
-        (plan.always, True, True),
-        (plan.update, True, not plan.engine_sleeps),
-        (plan.sampling, not plan.engine_sleeps, True),
-    ):
-        for name, value in part.items():
-            cells = (f"{value:.2f}" if there else "-" for there in (in_update, in_sampling))
-            lines.append("{:<24}{:>9}{:>10}".format(name, *cells))
-    lines.append("{:<24}{:>9.2f}{:>10.2f}".format("together", *plan.peaks))
-    lines += ["", *epoch]
-    if plan.full_length_completions < float("inf"):
-        asked = run.completions * run.engine.tensor_parallel_size / run.world_size
-        lines.append(
-            f"KV cache: room for {plan.full_length_completions:,.1f} sequences of full length at a time; an engine is "
-            f"asked for {asked:,.0f} completions"
-        )
-    if plan.engine_share and plan.engine_share != (now := cast(VLLMEngine, run.engine).gpu_memory_utilization):
-        room = make_plan(with_share(run, plan.engine_share)).full_length_completions
-        lines.append(
-            f"While the engine samples it can have {plan.engine_share:g} of the GPU "
-            f"(--data.engine.gpu_memory_utilization {plan.engine_share:g}, now {now:g}): room for {room:,.1f}"
-        )
-    wrong = problems(run, plan)
-    if not wrong:
-        return "\n".join([*lines, "", f"Fits: {max(plan.peaks):.1f} of {run.gpu_memory:.1f} GB."]), True
-    lines += ["", *(f"Doesn't fit: {problem}." for problem in wrong)]
-    better = {change: make_plan(other) for change, other in changes(run, plan.engine_share).items()}
-    lines += [
-        f"  {change:<80} {max(other.peaks):.1f} GB" + (", fits" if not problems(run, other) else "")
-        for change, other in sorted(better.items(), key=lambda item: max(item[1].peaks))
-        if max(other.peaks) < max(plan.peaks)
-    ]
-    return "\n".join(lines), False
-
-
-class Planner:
-    """Stands where a Trainer would: ``fit`` prints the plan."""
-
-    def __init__(self, settings: Namespace, gpu_memory: float | None) -> None:
-        self.settings, self.gpu_memory = settings, gpu_memory
-
-    def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: Any) -> None:
-        run = run_of(model, datamodule, self.settings, self.gpu_memory)
-        check_shared_engines(run.engine, run.world_size)
-        text, fits = report(run, make_plan(run), epoch_lines(datamodule, run.world_size))
-        print(text)
-        if not fits:
-            raise SystemExit(1)
-
-
-def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_memory: float | None) -> Run:
-    """The run that these settings make. Nothing is loaded."""
-    on_gpu = trainer.accelerator in ("gpu", "cuda") or (
-        trainer.accelerator == "auto" and (gpu_memory is not None or torch.cuda.is_available())
-    )
-    devices = trainer.devices
-    if devices in ("auto", -1, "-1"):
-        devices = torch.cuda.device_count() or 8 if on_gpu else 1
-    devices = len(devices) if isinstance(devices, list) else int(devices)
-    strategy = trainer.strategy
-    if gpu_memory is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-        gpu_memory = DEFAULT_GPU_MEMORY if on_gpu else memory / devices
-    load = module.load_settings
-    return Run(
-        model_name_or_path=module.model_name_or_path,
-        on_gpu=on_gpu,
-        nodes=trainer.num_nodes,
-        devices=devices,
-        sharded=strategy == "fsdp2" or isinstance(strategy, FSDP2Strategy),
-        strategy_by_name=strategy == "fsdp2",
-        reduces_each=getattr(strategy, "reduce_each_micro_batch", False),
-        cpu_offload=getattr(strategy, "cpu_offload", False),
-        half=trainer.precision == "bf16-mixed",
-        dtype=load["dtype"],
-        gradient_checkpointing=load["gradient_checkpointing"],
-        chunk_size=load["chunk_size"],
-        lora_rank=load["lora_rank"],
-        reference=module.kl_coef > 0 and not load["lora_rank"],
-        optimizer_states=optimizer_states(module.optimizer),
-        token_budget=data.phase_settings["token_budget"],
-        longest_sequence=data.longest_sequence,
-        completions=data.prompts_per_phase * data.sampling.group_size,
-        context_length=data.context_length,
-        engine=data.engine,
-        gpu_memory=gpu_memory,
-    )
-
-
-def epoch_lines(data: RolloutDataModule, world_size: int) -> list[str]:
-    """What an epoch consists of."""
-    settings, sampling = data.phase_settings, data.sampling
-    completions = data.prompts_per_phase * sampling.group_size
-    tokens = completions * data.longest_sequence
-    steps = settings["optimizer_steps"] * settings["passes"]
-    micro_batches = -(-tokens * settings["passes"] // (settings["token_budget"] * world_size))
-    return [
-        f"An epoch: {data.prompts_per_phase} prompts x {sampling.group_size} completions of up to "
-        f"{sampling.max_tokens:,} tokens: up to {tokens:,} tokens with their prompts",
-        f"{steps} optimizer steps; up to {max(micro_batches, steps)} micro-batches of {settings['token_budget']:,} "
-        f"tokens on each of {world_size} ranks",
-    ]
-
-
 def optimizer_states(make: Callable[[Any], torch.optim.Optimizer]) -> int:
     """Tensors that an optimizer keeps for each parameter, as many as it makes for one."""
     parameter = nn.Parameter(torch.zeros(2))
@@ -383,7 +217,9 @@ class _Attention(torch.autograd.Function):
 
 
 MEMORYLESS = "planned_with"
+
 AttentionInterface.register(MEMORYLESS, lambda module, q, k, v, mask, **kwargs: (_Attention.apply(q, k, v), None))
+
 AttentionMaskInterface.register(MEMORYLESS, lambda *args, **kwargs: None)
 
 

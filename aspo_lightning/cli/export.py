@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
-from aspo_lightning.checkpoints import TRAINED_AS, metadata
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.models import load_tokenizer
-from aspo_lightning.run_folder import find_checkpoint
-from aspo_lightning.scorer import ScoredCausalLM
-from aspo_lightning.weights import full_weights, without_frozen
+from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.hub import load_tokenizer
+from aspo_lightning.policy.weights import full_weights, without_frozen
+from aspo_lightning.run.checkpoints import TRAINED_AS, metadata
+from aspo_lightning.run.folder import find_checkpoint
 
 
 def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:

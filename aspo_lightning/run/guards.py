@@ -4,7 +4,6 @@ A run that a guard ends has lost nothing but what came after its last checkpoint
 """
 
 import math
-import random
 import signal
 import statistics
 import threading
@@ -18,12 +17,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from aspo_lightning.callbacks import measured_since
-from aspo_lightning.engines import Generator, SamplingRequest
-from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.run_folder import run_folder
-from aspo_lightning.types import MicroBatch
+from aspo_lightning.run.callbacks import measured_since
+from aspo_lightning.run.folder import run_folder
 
 GO_ON = "Resume from the last checkpoint with the command that the run printed"
 
@@ -102,59 +98,6 @@ class RatioCanary(Callback):
                 f"is {mean:.3g} (allowed: {tolerance:g}). The policy is trained as another one than it was scored as: "
                 f"look for a temperature, a mask or a dropout that differs. {GO_ON} when that is found."
             )
-
-
-class Probe:
-    """Compares engine and trainer on a fixed prompt, each time the engine has new weights.
-
-    Finds weights that didn't arrive, or a prefix cache of the old ones: the prompt is long enough to be cached. In
-    bfloat16 a single token may agree by chance, and no later one would be as near: the mean of two short completions is
-    within a factor of a few from weights to weights.
-
-    Args:
-        vocabulary: ids below this one make the prompt.
-        context_length: of the engine.
-        temperature: of sampling and scoring.
-        factor: how much larger than at first the difference may grow.
-    """
-
-    SAMPLES, TOKENS = 2, 8
-    BLOCK, BLOCKS = 32, 4
-    """The prompt is up to so many blocks of tokens and one more; engines cache blocks of 16, 32 or 128."""
-    AT_FIRST, LEAST = 0.5, 1e-4
-    """Allowed of the mean |log-prob difference|: at first, and always."""
-
-    def __init__(self, vocabulary: int, context_length: int, temperature: float, factor: float) -> None:
-        draw = random.Random(0)
-        tokens = min(self.TOKENS, context_length // 2)
-        blocks = min(self.BLOCKS, (context_length - tokens - 1) // self.BLOCK)
-        length = blocks * self.BLOCK + 1 if blocks else context_length - tokens
-        prompt = tuple(draw.randrange(vocabulary) for _ in range(length))
-        self.requests = [SamplingRequest(prompt, tokens, seed=i, temperature=temperature) for i in range(self.SAMPLES)]
-        self.factor = factor
-        self.first: float | None = None
-
-    def sample(self, engine: Generator) -> MicroBatch:
-        """What the engine makes of the prompt, to be scored by the trainer."""
-        with engine_errors():
-            requests = [request for request in self.requests for _ in range(engine.copies)]
-            completions = engine.generate(requests, description="probe")
-        return MicroBatch.from_sequences(
-            [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
-            generator_logprobs=[c.generator_logprobs for c in completions],
-        )
-
-    def check(self, batch: MicroBatch, logprobs: Tensor) -> None:
-        """Raises ConfigError if the engine's log-probs aren't the trainer's, ``logprobs`` [N]."""
-        difference = (logprobs - batch.generator_logprobs).abs().mean().item()
-        allowed = self.AT_FIRST if self.first is None else max(self.LEAST, self.factor * self.first)
-        if not difference <= allowed:  # nor if it is not a number
-            raise ConfigError(
-                f"The engine doesn't sample from the policy's weights: on the probe its log-probs differ by "
-                f"{difference:.3g} on average (allowed: {allowed:.3g}). A sync was incomplete, or the weights are not "
-                f"finite. Nothing of this phase was trained on. {GO_ON}."
-            )
-        self.first = difference if self.first is None else self.first
 
 
 class CollapseGuard(Callback):

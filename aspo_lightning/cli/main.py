@@ -1,0 +1,64 @@
+"""The console script ``aspo``."""
+
+import sys
+import warnings
+from pathlib import Path
+
+from aspo_lightning.cli import export, report
+from aspo_lightning.cli.evaluate import EvaluationCLI
+from aspo_lightning.cli.fit import ASPOCLI
+from aspo_lightning.cli.parser import Parser
+from aspo_lightning.cli.plan import PlanCLI
+from aspo_lightning.cli.ranks import die_with_main_process
+from aspo_lightning.datamodule import RolloutDataModule
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.module import ASPOModule
+
+# Of libraries, and nothing that a user could act on.
+HARMLESS_WARNINGS = [
+    r"Total length of `list` across ranks is zero",  # a run without held-out tasks
+    r".*torch\.distributed\.reduce_op.* is deprecated",  # vLLM looks at it
+    r".*LeafSpec.* is deprecated",  # Lightning uses it
+    r"It is recommended to use .self\.log\(.*sync_dist=True",  # it is used; vLLM's process group confuses Lightning
+]
+
+MODEL = "--model.model_name_or_path"  # what a user means by --model, which LightningCLI takes for a config file
+
+TOOLS = {"export": export.main, "report": report.main}
+
+
+def config_error(error: BaseException | None) -> ConfigError | None:
+    """The error, or the one below it, that is for people: jsonargparse wraps those of a class that may be left out."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def main() -> None:
+    """Entry point of the console script ``aspo``."""
+    die_with_main_process()
+    for message in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    sys.path.append(str(Path.cwd()))  # parts that a user wrote, like my_package.MyObjective
+    try:
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if tool := TOOLS.get(command):
+            return tool(sys.argv[2:])
+        cli = {"plan": PlanCLI, "test": EvaluationCLI}.get(command, ASPOCLI)
+        if command == "plan":
+            sys.argv[1] = "fit"  # which is what it parses
+        sys.argv[1:] = [MODEL if a == "--model" else a.replace("--model=", f"{MODEL}=", 1) for a in sys.argv[1:]]
+        cli(
+            ASPOModule,
+            RolloutDataModule,
+            save_config_callback=None,  # RunRecord does it
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"description": "Also: aspo plan (takes what fit takes), aspo export, aspo report."},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except ValueError as error:
+        if (cause := config_error(error)) is None:
+            raise
+        sys.exit(f"aspo: error: {cause}")

@@ -1,0 +1,55 @@
+"""The parser of the command line and of YAML files."""
+
+import inspect
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from aspo_lightning.curriculum import Curriculum
+from aspo_lightning.engines import Generator
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.objectives import Objective
+from aspo_lightning.tasks import Task
+
+
+class Parser(LightningArgumentParser):
+    """Reports a bad setting in one line."""
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Checks null like any other value, which jsonargparse leaves out; each class' settings have such a parser."""
+        super().validate(namespace, *args, **kwargs)  # first what is missing, which is null here as well
+        super().validate(namespace, *args, **{**kwargs, "skip_unset": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(message.split())
+        # A class' settings have a parser of their own, whose message is in that of the parser above it.
+        if match := re.search(r'Parser key "([^"]+)".*?(?:([\w.]+) is null\.|value: None\b)', message):
+            key = ".".join(filter(None, match.groups()))
+            message = f"{key} is null. Give it a value, or leave it out for the default."
+        elif match := re.search(
+            r'"(?:\w+\.)*(model\.objective|data\.(?:engine|train|val|curriculum))".*import path string: (\S+)', message
+        ):
+            key, name = match.groups()
+            known = ", ".join(sorted(subclass_names(SWAPPABLE[key])))
+            message = (
+                f"{key} is {name!r}, which is no class of its kind. Known are {known}; any other by its import path."
+            )
+        raise ConfigError(message)
+
+
+SWAPPABLE: dict[str, type] = {
+    "model.objective": Objective,
+    "data.engine": Generator,
+    "data.train": Task,
+    "data.val": Task,
+    "data.curriculum": Curriculum,
+}
+
+
+def subclass_names(base: type) -> set[str]:
+    """Names of all concrete classes below ``base``."""
+    children: list[type] = base.__subclasses__()
+    below = {name for child in children for name in subclass_names(child)}
+    return below | {child.__name__ for child in children if not inspect.isabstract(child)}

@@ -1,0 +1,30 @@
+"""The ranks that Lightning starts on a machine: they end with the first, and the first waits for them."""
+
+import os
+import sys
+
+from lightning.pytorch import Trainer
+
+from aspo_lightning.rewards.runner import die_with_parent
+
+MAIN_PROCESS = "ASPO_MAIN_PROCESS"  # in the environment of the ranks that Lightning starts: the id of the first
+
+
+def die_with_main_process() -> None:
+    """Ends this process when the first rank of this machine ends, if that has started it.
+
+    Lightning watches the processes that it starts, but not the first: over NCCL they would wait for it, and spin, until
+    a time limit.
+    """
+    main = os.environ.setdefault(MAIN_PROCESS, str(os.getpid()))
+    if main == str(os.getpid()) or os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    die_with_parent()
+    if main != str(os.getppid()):
+        sys.exit(1)  # it ended before
+
+
+def wait_for_ranks(trainer: Trainer) -> None:
+    """Returns when the ranks that this process has started have ended: what they still do would end with it."""
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        process.wait()

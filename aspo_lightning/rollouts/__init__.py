@@ -1,0 +1,1 @@
+"""One phase: from prompts and weights to scored micro-batches."""

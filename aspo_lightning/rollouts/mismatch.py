@@ -1,0 +1,95 @@
+"""How far the engine is from the trainer: measures, corrections, and the probe after each sync."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from aspo_lightning.engines import Generator, SamplingRequest
+from aspo_lightning.engines.base import engine_errors
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.rollouts.settings import MismatchCorrection
+from aspo_lightning.run.guards import GO_ON
+from aspo_lightning.types import MicroBatch
+
+
+def mismatch_metrics(batches: Sequence[MicroBatch], world_size: int = 1) -> dict[str, float]:
+    """|old - generator log-prob| over all response tokens of all ranks: how far engine and trainer are apart."""
+    difference = torch.cat([(b.old_logprobs - b.generator_logprobs).abs().double() for b in batches])
+    sums = [difference.sum().item(), float(difference.numel()), difference.max().item() if len(difference) else 0.0]
+    if world_size > 1:
+        shares: list[Any] = [None] * world_size
+        dist.all_gather_object(shares, sums)
+        sums = [sum(s[0] for s in shares), sum(s[1] for s in shares), max(s[2] for s in shares)]
+    return {"mismatch/logprob_abs_mean": sums[0] / max(1.0, sums[1]), "mismatch/logprob_abs_max": sums[2]}
+
+
+def correct_mismatch(batch: MicroBatch, correction: MismatchCorrection, bounds: tuple[float, float]) -> MicroBatch:
+    """Weighs the advantages by c = pi_old / pi_generator, which stays the same for all updates of a phase.
+
+    - ``truncate``: min(c, upper bound) (TIS, truncated importance sampling).
+    - ``mask``: c inside the bounds, 0 outside (IcePop).
+    """
+    if correction == "off":
+        return batch
+    low, high = bounds
+    ratio = (batch.old_logprobs - batch.generator_logprobs).clamp(-20, 20).exp()
+    weight = ratio.clamp(max=high) if correction == "truncate" else ratio * ((ratio >= low) & (ratio <= high))
+    return replace(batch, advantages=batch.advantages * weight)
+
+
+class Probe:
+    """Compares engine and trainer on a fixed prompt, each time the engine has new weights.
+
+    Finds weights that didn't arrive, or a prefix cache of the old ones: the prompt is long enough to be cached. In
+    bfloat16 a single token may agree by chance, and no later one would be as near: the mean of two short completions is
+    within a factor of a few from weights to weights.
+
+    Args:
+        vocabulary: ids below this one make the prompt.
+        context_length: of the engine.
+        temperature: of sampling and scoring.
+        factor: how much larger than at first the difference may grow.
+    """
+
+    SAMPLES, TOKENS = 2, 8
+    BLOCK, BLOCKS = 32, 4
+    """The prompt is up to so many blocks of tokens and one more; engines cache blocks of 16, 32 or 128."""
+    AT_FIRST, LEAST = 0.5, 1e-4
+    """Allowed of the mean |log-prob difference|: at first, and always."""
+
+    def __init__(self, vocabulary: int, context_length: int, temperature: float, factor: float) -> None:
+        draw = random.Random(0)
+        tokens = min(self.TOKENS, context_length // 2)
+        blocks = min(self.BLOCKS, (context_length - tokens - 1) // self.BLOCK)
+        length = blocks * self.BLOCK + 1 if blocks else context_length - tokens
+        prompt = tuple(draw.randrange(vocabulary) for _ in range(length))
+        self.requests = [SamplingRequest(prompt, tokens, seed=i, temperature=temperature) for i in range(self.SAMPLES)]
+        self.factor = factor
+        self.first: float | None = None
+
+    def sample(self, engine: Generator) -> MicroBatch:
+        """What the engine makes of the prompt, to be scored by the trainer."""
+        with engine_errors():
+            requests = [request for request in self.requests for _ in range(engine.copies)]
+            completions = engine.generate(requests, description="probe")
+        return MicroBatch.from_sequences(
+            [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
+            generator_logprobs=[c.generator_logprobs for c in completions],
+        )
+
+    def check(self, batch: MicroBatch, logprobs: Tensor) -> None:
+        """Raises ConfigError if the engine's log-probs aren't the trainer's, ``logprobs`` [N]."""
+        difference = (logprobs - batch.generator_logprobs).abs().mean().item()
+        allowed = self.AT_FIRST if self.first is None else max(self.LEAST, self.factor * self.first)
+        if not difference <= allowed:  # nor if it is not a number
+            raise ConfigError(
+                f"The engine doesn't sample from the policy's weights: on the probe its log-probs differ by "
+                f"{difference:.3g} on average (allowed: {allowed:.3g}). A sync was incomplete, or the weights are not "
+                f"finite. Nothing of this phase was trained on. {GO_ON}."
+            )
+        self.first = difference if self.first is None else self.first

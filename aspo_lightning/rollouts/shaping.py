@@ -1,0 +1,61 @@
+"""From a task reward to an advantage, and which groups tell something."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from aspo_lightning.advantages import AdvantageEstimator, group_advantages, has_spread
+from aspo_lightning.rollouts.settings import Shaping
+from aspo_lightning.types import Rollout, RolloutGroup
+
+
+class TrainedSequence(NamedTuple):
+    """A completion that is trained, with its advantage."""
+
+    prompt_ids: tuple[int, ...]
+    rollout: Rollout
+    advantage: float
+
+
+def trained_sequences(
+    groups: Sequence[RolloutGroup], advantage: AdvantageEstimator, shaping: Shaping, max_completion_length: int
+) -> list[list[TrainedSequence]]:
+    """The completions of each group that go into the loss, with the advantages of their shaped rewards."""
+    if not groups:
+        return []
+    rewards = [[shaped_reward(r, shaping, max_completion_length) for r in g.rollouts] for g in groups]
+    spread = torch.tensor([has_task_spread(g, shaping) for g in groups])
+    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage, spread=spread).tolist()
+    trained = [
+        [
+            TrainedSequence(group.prompt.prompt_ids, rollout, value)
+            for rollout, value in zip(group.rollouts, values, strict=True)
+            if not (rollout.truncated and shaping.truncated == "mask")
+        ]
+        for group, values in zip(groups, advantages, strict=True)
+    ]
+    return [group for group in trained if group]
+
+
+def shaped_reward(rollout: Rollout, shaping: Shaping, max_completion_length: int) -> float:
+    """The task reward plus DAPO's soft overlong penalty (arXiv 2503.14476, eq. 13).
+
+    With buffer b and limit L: 0 up to L - b tokens, falling evenly to -overlong_penalty at L. Replies of an environment
+    count as they do for the limit.
+    """
+    reward = task_reward(rollout, shaping)
+    if not shaping.overlong_buffer:
+        return reward
+    excess = len(rollout.completion_ids) - (max_completion_length - shaping.overlong_buffer)
+    return reward - shaping.overlong_penalty * min(1.0, max(0.0, excess / shaping.overlong_buffer))
+
+
+def task_reward(rollout: Rollout, shaping: Shaping) -> float:
+    """The score, or 0 for a truncated completion where that is the rule."""
+    return 0.0 if rollout.truncated and shaping.truncated == "zero" else rollout.reward
+
+
+def has_task_spread(group: RolloutGroup, shaping: Shaping) -> bool:
+    """Whether its completions differ in task reward, before the overlong penalty. Without that it tells nothing."""
+    return has_spread([task_reward(r, shaping) for r in group.rollouts])

@@ -1,0 +1,68 @@
+"""Files that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import xxhash
+
+from aspo_lightning.errors import ConfigError
+
+
+def file_digest(path: Path) -> str:
+    """Fast, and changes with any byte."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def digest_path(path: Path) -> Path:
+    """Where the digest of a checkpoint file is."""
+    return path.with_name(f".{path.name}.xxh3")
+
+
+def not_written(path: Path, error: BaseException) -> ConfigError:
+    """What to say of a checkpoint that couldn't be written."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    full = shutil.disk_usage(folder).free < 1 << 20
+    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return ConfigError(
+        f"The checkpoint {path} couldn't be written: {reason}. Those before it are as they were; resume from there "
+        "with the command that the run printed when it started."
+    )
+
+
+def sync_to_disk(path: Path) -> None:
+    """Returns when what was written to a file, or a folder's list of names, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        sync_to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_to_disk(path.parent)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises ConfigError unless files can be made in ``folder``; makes it if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"The output folder {folder} can't be written to ({error.strerror}). Choose another with {setting}."
+        ) from error

@@ -1,0 +1,89 @@
+"""Rows of JSONL and Parquet files, saved datasets and the hub."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aspo_lightning.errors import ConfigError
+
+
+def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yields (where, number, row) of a .jsonl or .parquet file, a saved dataset or one on the hub; rows count from 1.
+
+    Raises:
+        ConfigError: if it can't be read, with the file and the row.
+    """
+    file = _hub_file(path) if path.startswith("hf://") else Path(path).expanduser()
+    if file.suffix in (".jsonl", ".json", ".gz", ".parquet"):
+        if not file.is_file():
+            raise ConfigError(f"The task file {file} doesn't exist. Give the path of a .jsonl or .parquet file.")
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    else:
+        rows = _hub_rows(path, subset, split)
+    for number, row in rows:
+        where = f"{path}:{number}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where} is a {type(row).__name__}. Each row is an object with named columns.")
+        yield where, number, row
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}:{number} isn't UTF-8 text ({error.reason}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}:{number} isn't JSON: {error}. Each line is an object.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{file} can't be read behind line {number}: {error}") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"{file} can't be read behind row {number}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _hub_file(path: str) -> Path:
+    """A file of a dataset on the hub, downloaded unless it is in the cache."""
+    from huggingface_hub import hf_hub_download
+
+    owner, name, *file = path.removeprefix("hf://datasets/").split("/")
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", "/".join(file), repo_type="dataset"))
+    except Exception as error:  # of many kinds: no network, no such name, gated
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"The file {path!r} can't be loaded from the hub: {reason}") from error
+
+
+def _hub_rows(path: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    try:
+        if Path(path).expanduser().is_dir():
+            dataset: Any = datasets.load_from_disk(str(Path(path).expanduser()))
+            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        else:
+            dataset = datasets.load_dataset(path, subset, split=split)
+    except Exception as error:  # of many kinds: no network, no such name, no such split, gated
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"The dataset {path!r} (subset {subset!r}, split {split!r}) can't be loaded: {reason}"
+        ) from error
+    yield from enumerate(dataset, start=1)
