@@ -1,45 +1,30 @@
 """RolloutDataModule: Lightning hooks that make each epoch's data by sampling from the current policy."""
 
-import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 
-from aspo_lightning.advantages import AdvantageEstimator
 from aspo_lightning.curriculum import Curriculum, Shuffled, resume, saved
 from aspo_lightning.engines import Generator, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.metrics import measure
 from aspo_lightning.evaluation.results import Results
-from aspo_lightning.identity import INCIDENTAL, describe, prompts_digest, weights_digest
+from aspo_lightning.identity import describe, prompts_digest, weights_digest
 from aspo_lightning.policy.hub import load_config, load_tokenizer, resolve_model
 from aspo_lightning.rewards import RewardPool
-from aspo_lightning.rollouts.loop import Policy, build_phase, sample_phase
+from aspo_lightning.rollouts.loop import Policy, Rollouts, sync
 from aspo_lightning.rollouts.mismatch import Probe
-from aspo_lightning.rollouts.sampling import sample_groups
-from aspo_lightning.rollouts.settings import (
-    Averaging,
-    MismatchCorrection,
-    NoSpread,
-    Sampling,
-    Shaping,
-    TruncatedRule,
-    check_phase,
-    check_sampling,
-    sizes_by_task,
-)
-from aspo_lightning.rollouts.shaping import has_task_spread
+from aspo_lightning.rollouts.sampling import Sampler
+from aspo_lightning.rollouts.settings import RolloutSettings, check_phase
 from aspo_lightning.tasks.base import Task, without_held_out, without_long
-from aspo_lightning.types import Evaluation, MicroBatch, Phase, Prompt, RolloutGroup
+from aspo_lightning.types import Evaluation, Phase, Prompt
 
 EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
 
@@ -56,36 +41,7 @@ class RolloutDataModule(LightningDataModule):
         engine: what samples, by class name: VLLMEngine (None is one with its defaults), VLLMServers,
             TransformersEngine.
         curriculum: which prompts an epoch draws, by class name: Shuffled (None), PassRate, RisingLevels.
-        prompts_per_phase: prompts of an epoch.
-        group_size: completions of each prompt, compared with each other.
-        optimizer_steps: updates of a pass through the phase; the kept groups are shared among them.
-        passes: how often an epoch goes through its phase (1; the released script of the paper: 3).
-        no_spread: groups whose completions all have one reward are dropped (the released script), kept (their zeros
-            count in the average), or replaced by sampling more prompts (refill: DAPO's dynamic sampling).
-        max_refills: how many more times refill may sample in an epoch.
-        truncated: a completion that ran into the length limit gets its score, zero, or is left out of the loss (mask).
-        overlong_buffer: tokens before max_completion_length over which a penalty rises (DAPO). 0: none.
-        overlong_penalty: that penalty at full length.
-        max_prompt_length: tokens; longer prompts are dropped.
-        max_completion_length: tokens; a longer completion is cut off there.
-        temperature: of sampling; the trainer divides its logits by the same.
-        top_p: nucleus of sampling. Below 1 there is no mismatch correction: the engine's log-probs are then of the
-            nucleus, the trainer's of all tokens.
-        token_budget: the most tokens of a micro-batch; bounds the trainer's memory. None: one longest sequence.
-        advantage: group_std (GRPO), group_mean (Dr. GRPO), leave_one_out (RLOO), batch_std (REINFORCE++ baseline).
-        averaging: token_mean (the paper's), sequence_mean (GRPO), sequence_sum (Dr. GRPO).
-        mismatch_correction: off, truncate (TIS) or mask (IcePop) by the ratio of old to generator log-probs.
-        mismatch_bounds: that ratio's bounds.
-        eval_group_size: completions of each held-out prompt: k of avg@k; a number, or one for each task of ``val``.
-        eval_k: further k, up to that number, to give pass@k and maj@k for.
-        eval_temperature: of sampling in evaluations; 0 is greedy.
-        eval_top_p: nucleus of sampling in evaluations.
-        eval_max_completion_length: tokens in evaluations. None: max_completion_length.
-        probe_factor: how much further engine and trainer may get apart, on a probe after each sync, than they are at
-            first. None: no probe.
-        reward_workers: processes that score completions, on each rank.
-        reward_timeout_s: wall-clock limit of one score.
-        seed: of prompts and sampling (set by ``seed_everything`` on the command line).
+        settings: all numbers, see ``RolloutSettings``.
     """
 
     def __init__(
@@ -95,121 +51,26 @@ class RolloutDataModule(LightningDataModule):
         val: dict[str, Task] | None = None,
         engine: Generator | None = None,
         curriculum: Curriculum | None = None,
-        prompts_per_phase: int = 64,
-        group_size: int = 16,
-        optimizer_steps: int = 4,
-        passes: int = 1,
-        no_spread: NoSpread = "drop",
-        max_refills: int = 3,
-        truncated: TruncatedRule = "score",
-        overlong_buffer: int = 0,
-        overlong_penalty: float = 1.0,
-        max_prompt_length: int = 2048,
-        max_completion_length: int = 8192,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        token_budget: Annotated[int | None, INCIDENTAL] = None,
-        advantage: AdvantageEstimator = "group_std",
-        averaging: Averaging = "token_mean",
-        mismatch_correction: MismatchCorrection = "off",
-        mismatch_bounds: tuple[float, float] = (0.5, 2.0),
-        eval_group_size: Annotated[int | dict[str, int], INCIDENTAL] = 1,
-        eval_k: Annotated[list[int] | None, INCIDENTAL] = None,
-        eval_temperature: Annotated[float, INCIDENTAL] = 0.8,
-        eval_top_p: Annotated[float, INCIDENTAL] = 1.0,
-        eval_max_completion_length: Annotated[int | None, INCIDENTAL] = None,
-        probe_factor: Annotated[float | None, INCIDENTAL] = 20.0,
-        reward_workers: Annotated[int, INCIDENTAL] = 2,
-        reward_timeout_s: float = 5.0,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        self.settings = RolloutSettings(**settings)
         self.model_name_or_path = resolve_model(model_name_or_path)
-        self.eval_group_sizes = sizes_by_task(eval_group_size, val or {})
-        self.eval_k = eval_k or []
-        if probe_factor is not None and not 1 <= probe_factor < math.inf:
-            raise ConfigError(f"data.probe_factor is {probe_factor}; it is at least 1, or null for no probe.")
-        eval_length = max_completion_length if eval_max_completion_length is None else eval_max_completion_length
-        self.sampling = Sampling(group_size, max_completion_length, temperature, top_p, seed)
-        self.eval_sampling = {
-            name: Sampling(size, eval_length, eval_temperature, eval_top_p, seed)
-            for name, size in self.eval_group_sizes.items()
-        }
-        check_sampling(self.sampling, "data.group_size", "data.")
-        for name, sampling in self.eval_sampling.items():
-            check_sampling(sampling, f"data.eval_group_size of {name}", "data.eval_")
-            if wrong := [k for k in self.eval_k if not 1 <= k <= sampling.group_size]:
-                raise ConfigError(
-                    f"data.eval_k has {wrong[0]}, but {name} is sampled {sampling.group_size} times a problem. Allowed "
-                    f"are 1 to {sampling.group_size}; raise data.eval_group_size for more."
-                )
-        if group_size < 2:
-            raise ConfigError(
-                f"data.group_size is {group_size}; completions are judged against each other, so it must be at least 2."
-            )
-        for name, value in (
-            ("eval_max_completion_length", eval_length),
-            ("prompts_per_phase", prompts_per_phase),
-            ("optimizer_steps", optimizer_steps),
-            ("passes", passes),
-            ("max_prompt_length", max_prompt_length),
-            ("max_completion_length", max_completion_length),
-        ):
-            if value < 1:
-                raise ConfigError(f"data.{name} is {value}; it must be at least 1.")
-        self.longest_sequence = longest = max_prompt_length + max_completion_length
-        token_budget = longest if token_budget is None else token_budget
-        if token_budget < longest:
-            raise ConfigError(
-                f"data.token_budget is {token_budget}, less than the longest sequence: max_prompt_length "
-                f"{max_prompt_length} + max_completion_length {max_completion_length} = {longest}. Raise it."
-            )
-        if not 0 <= mismatch_bounds[0] <= 1 <= mismatch_bounds[1]:
-            raise ConfigError(f"data.mismatch_bounds are {mismatch_bounds}; they must enclose 1, like 0.5 and 2.")
-        if mismatch_correction != "off" and top_p < 1:
-            raise ConfigError(
-                f"data.mismatch_correction is {mismatch_correction} and data.top_p {top_p}: the engine's log-probs are "
-                "then of the nucleus and the trainer's of all tokens, so their ratio corrects nothing. Set top_p to 1, "
-                "or mismatch_correction to off."
-            )
-        if not 0 <= overlong_buffer <= max_completion_length:
-            raise ConfigError(
-                f"data.overlong_buffer is {overlong_buffer}; allowed are 0 (no penalty) to max_completion_length "
-                f"{max_completion_length}."
-            )
-        if max_refills < 0 or not 0 <= overlong_penalty < math.inf:
-            raise ConfigError(
-                f"data.max_refills is {max_refills} and data.overlong_penalty {overlong_penalty}; both are at least 0."
-            )
         self.train_task, self.val_tasks = train, val or {}
+        self.evaluations = self.settings.evaluations(self.val_tasks)
         self.curriculum = curriculum or Shuffled()
         self.engine = engine or VLLMEngine()
         self.engine.check()
-        self.prompts_per_phase = prompts_per_phase
-        self.max_refills = max_refills if no_spread == "refill" else 0
-        self.optimizer_steps = optimizer_steps
-        self.max_prompt_length = max_prompt_length
-        self.context_length = max_prompt_length + max(max_completion_length if train else 0, eval_length if val else 0)
-        self.phase_settings: dict[str, Any] = {
-            "optimizer_steps": optimizer_steps,
-            "token_budget": token_budget,
-            "max_completion_length": max_completion_length,
-            "advantage": advantage,
-            "averaging": averaging,
-            "shaping": Shaping(truncated, overlong_buffer, overlong_penalty),
-            "no_spread": no_spread,
-            "passes": passes,
-            "mismatch_correction": mismatch_correction,
-            "mismatch_bounds": mismatch_bounds,
-        }
-        self.reward_timeout_s = reward_timeout_s
-        self.pool = RewardPool(reward_workers, reward_timeout_s)
+        lengths = (self.settings.max_completion_length if train else 0, self.settings.eval_length if val else 0)
+        self.context_length = self.settings.max_prompt_length + max(lengths)
+        self.pool = RewardPool(self.settings.reward_workers, self.settings.reward_timeout_s)
         self.phase: Phase | None = None
         self.train_prompts: list[Prompt] = []
         self.val_prompts: dict[str, list[Prompt]] = {}
         self.results: Results | None = None  # where an evaluation is kept, set before it starts
-        self.probe_factor = probe_factor
         self.probe: Probe | None = None
+        self._sampler: Sampler | None = None
+        self._rollouts: Rollouts | None = None
         self._started = False
 
     @property
@@ -219,7 +80,7 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.trainer is not None:  # None: called by hand, for a look at the prompts
-            check_agreement(self._policy, self.model_name_or_path, self.sampling.temperature)
+            check_agreement(self._policy, self.model_name_or_path, self.settings.temperature)
             check_shared_engines(self.engine, self.trainer.world_size)
             check_engine_devices(self.engine, self.trainer.device_ids)
             if stage == "fit":
@@ -231,7 +92,19 @@ class RolloutDataModule(LightningDataModule):
         self._forget_phase()  # of a fit that failed
         if not (self.train_prompts or self.val_prompts):
             self._prepare()
-        if self.trainer is not None and not self._started:
+        if self.trainer is None:
+            return
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        self._sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size)
+        self._rollouts = Rollouts(
+            self._sampler,
+            self.curriculum,
+            self.train_prompts,
+            self.settings,
+            probe=self.probe,
+            quadratic_cost=self._quadratic_cost,
+        )
+        if not self._started:
             self._start_engine(self.trainer)
 
     def _prepare(self) -> None:
@@ -240,12 +113,12 @@ class RolloutDataModule(LightningDataModule):
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and self.context_length > context:
             raise ConfigError(
-                f"data.max_prompt_length {self.max_prompt_length} and the longest completion make "
+                f"data.max_prompt_length {self.settings.max_prompt_length} and the longest completion make "
                 f"{self.context_length} tokens, more than the {context} that {self.model_name_or_path} was made for. "
                 "Lower max_prompt_length, max_completion_length or eval_max_completion_length."
             )
         # Attention costs about n / (6 hidden_size) of what the linear layers do for a sequence of n tokens.
-        self.phase_settings["quadratic_cost"] = 1 / (6 * config.hidden_size)
+        self._quadratic_cost = 1 / (6 * config.hidden_size)
         tasks = [*([self.train_task] if self.train_task else []), *self.val_tasks.values()]
         self.pool.load(f for task in tasks for f in sorted(task.functions()))
         self.tokenizer = load_tokenizer(self.model_name_or_path)
@@ -253,10 +126,11 @@ class RolloutDataModule(LightningDataModule):
         if self.train_task:
             prompts = self._prompts(self.train_task, "data.train")
             self.train_prompts = without_held_out(prompts, self.val_prompts.values())
-            check_phase(len(self.train_prompts), self.prompts_per_phase, self.optimizer_steps)
-            self.curriculum.check(self.train_prompts, self.prompts_per_phase)
-            if self.probe_factor is not None:
-                self.probe = Probe(config.vocab_size, self.context_length, self.sampling.temperature, self.probe_factor)
+            settings = self.settings
+            check_phase(len(self.train_prompts), settings.prompts_per_phase, settings.optimizer_steps)
+            self.curriculum.check(self.train_prompts, settings.prompts_per_phase)
+            if settings.probe_factor is not None:
+                self.probe = Probe(config.vocab_size, self.context_length, settings.temperature, settings.probe_factor)
         size = self.engine.tensor_parallel_size
         if size > 1 and any(p.environment for p in chain(self.train_prompts, *self.val_prompts.values())):
             raise ConfigError(
@@ -283,7 +157,8 @@ class RolloutDataModule(LightningDataModule):
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
             return Phase(epoch, [], accumulate=1, groups=[])  # a run resumed behind its end
         if self.phase is None or self.phase.epoch != epoch:
-            self.phase = self._run_phase(epoch)
+            assert self._rollouts is not None
+            self.phase = self._rollouts.phase(self._policy, epoch)
             no_stop_before(trainer, trainer.global_step + len(self.phase) // self.phase.accumulate)
         trainer.accumulate_grad_batches = self.phase.accumulate
         return self.phase
@@ -322,17 +197,18 @@ class RolloutDataModule(LightningDataModule):
 
     def evaluate(self, name: str) -> Evaluation:
         """Samples and scores the held-out task ``name`` with the current policy."""
-        self._sync_engine()
-        groups, _ = self._sample(
+        assert self._sampler is not None
+        sync(self.engine, self._policy)
+        groups, _ = self._sampler.groups(
             self.val_prompts[name],
-            self.eval_sampling[name],
-            EVALUATION_EPOCH,
-            f"evaluate {name}",
-            vote=self.eval_sampling[name].group_size > 1,
+            self.evaluations[name],
+            epoch=EVALUATION_EPOCH,
+            description=f"evaluate {name}",
+            vote=self.evaluations[name].group_size > 1,
             journal=self.results.journal(name) if self.results else None,
         )
         self.engine.sleep()
-        measurements = measure(groups, self.eval_k)
+        measurements = measure(groups, self.settings.eval_k or ())
         if self.results:
             self.results.add(name, groups, measurements)
         return Evaluation(groups, {f"eval/{name}/{key}": m.value for key, m in measurements.items()})
@@ -340,21 +216,21 @@ class RolloutDataModule(LightningDataModule):
     def evaluation_settings(self) -> dict[str, Any]:
         """All that the numbers of an evaluation depend on, as plain data; the policy's weights too (collective)."""
         assert self.trainer is not None
-        sampling = next(iter(self.eval_sampling.values()))
+        sampling = next(iter(self.evaluations.values()))
         return {
             "model": self.model_name_or_path,
             "weights": weights_digest(self._policy.policy_weights()),
             "seed": sampling.seed,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_prompt_length": self.max_prompt_length,
+            "max_prompt_length": self.settings.max_prompt_length,
             "max_completion_length": sampling.max_tokens,
-            "k": self.eval_k,
-            "reward_timeout_s": self.reward_timeout_s,
+            "k": self.settings.eval_k or [],
+            "reward_timeout_s": self.settings.reward_timeout_s,
             "engine": describe(self.engine),
             "benchmarks": {
                 name: {
-                    "samples": self.eval_group_sizes[name],
+                    "samples": self.evaluations[name].group_size,
                     "prompts": prompts_digest(self.val_prompts[name]),
                     "task": describe(task),
                 }
@@ -362,78 +238,8 @@ class RolloutDataModule(LightningDataModule):
             },
         }
 
-    def _run_phase(self, epoch: int) -> Phase:
-        assert self.trainer is not None
-        sync_s = self._sync_engine()
-        probe = self.probe.sample(self.engine) if self.probe else None
-        groups, times = sample_phase(
-            lambda attempt, missing, so_far: self._draw(epoch, attempt, missing, so_far),
-            lambda prompts: self._sample(prompts, self.sampling, epoch, "generate"),
-            lambda group: has_task_spread(group, self.phase_settings["shaping"]),
-            self.prompts_per_phase,
-            max_refills=self.max_refills,
-        )
-        self.engine.sleep()
-        learned = self.curriculum.update(groups)
-        phase = build_phase(
-            groups,
-            lambda batches: self._score(batches, probe),
-            epoch=epoch,
-            max_groups=self.prompts_per_phase,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            **self.phase_settings,
-        )
-        phase.metrics.update(times, **{"time/sync_s": sync_s}, **learned)
-        return phase
-
-    def _score(self, batches: Sequence[MicroBatch], probe: MicroBatch | None) -> list[tuple[Tensor, Tensor]]:
-        """Scores the phase, and the probe with it: a sharded model is gathered once for both."""
-        if self.probe is None or probe is None:
-            return self._policy.score(batches)
-        *scored, (logprobs, _) = self._policy.score(batches, without_reference=[probe])
-        self.probe.check(probe, logprobs)
-        return scored
-
-    def _draw(self, epoch: int, attempt: int, missing: int, so_far: Sequence[RolloutGroup]) -> list[Prompt]:
-        if attempt == 0:
-            return self.curriculum.draw(
-                self.train_prompts, self.prompts_per_phase, epoch=epoch, seed=self.sampling.seed
-            )
-        drawn = {group.prompt.id for group in so_far}
-        left = [p for p in self.train_prompts if p.id not in drawn]
-        return self.curriculum.draw_more(left, missing, epoch=epoch, seed=self.sampling.seed, attempt=attempt)
-
-    def _sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, epoch: int, description: str, **options: Any
-    ) -> tuple[list[RolloutGroup], dict[str, float]]:
-        assert self.trainer is not None
-        return sample_groups(
-            self.engine,
-            self.pool,
-            self.tokenizer,
-            prompts,
-            sampling,
-            epoch=epoch,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            description=description,
-            **options,
-        )
-
-    def _sync_engine(self) -> float:
-        """Gives the engine the policy's weights as they are now. Returns the seconds that took.
-
-        Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be told
-        from the outside.
-        """
-        start = time.perf_counter()
-        with engine_errors():
-            self.engine.sync_weights(self._policy.policy_weights(self.engine.weights_dtype))
-        return time.perf_counter() - start
-
     def _prompts(self, task: Task, name: str) -> list[Prompt]:
-        return without_long(task.prompts(self.tokenizer), self.max_prompt_length, name)
+        return without_long(task.prompts(self.tokenizer), self.settings.max_prompt_length, name)
 
 
 class _EvaluationLoader:

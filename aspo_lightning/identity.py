@@ -55,19 +55,19 @@ def describe(part: Any) -> Any:
     return {"class": type(part).__name__, **{k: describe(v) for k, v in settings.items()}}
 
 
-def counting(config: Any, owner: type | None = None) -> Any:
-    """A config, as read from YAML, with the settings that count. ``owner`` is the class that it is of."""
+def counting(config: Any, *owners: type) -> Any:
+    """A config, as read from YAML, with the settings that count. ``owners`` are the classes that it is of."""
     if isinstance(config, list):
         return [counting(value) for value in config]
     if not isinstance(config, Mapping):
         return config
     if "class_path" in config:
-        try:
+        owner = None
+        with contextlib.suppress(ImportError, ValueError, AttributeError):  # of code that isn't there: all of it counts
             owner = pkgutil.resolve_name(config["class_path"])
-        except (ImportError, ValueError, AttributeError):
-            owner = None  # of code that isn't there any more: all of it counts
-        return {**config, "init_args": counting(config.get("init_args") or {}, owner)}
-    left_out = incidental(owner) if isinstance(owner, type) else set()
+        owners = (owner,) if isinstance(owner, type) else ()
+        return {**config, "init_args": counting(config.get("init_args") or {}, *owners)}
+    left_out = set().union(*(incidental(owner) for owner in owners))
     return {key: counting(value) for key, value in config.items() if key not in left_out}
 
 

@@ -22,6 +22,7 @@ from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResults
 from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
+from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint, peak_memory_gb
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_resumable, trained_steps
 from aspo_lightning.run.disk import check_writable
@@ -193,7 +194,7 @@ def start_again(reason: str, run: RunFolder | None) -> NoReturn:
     if run and run.has_checkpoints():
         arguments = [*arguments_without_checkpoint(), "--ckpt_path", str(run.path)]
     print(f"{reason}. Starting again.", file=sys.stderr, flush=True)
-    program = f"import sys; sys.argv[0] = {sys.argv[0]!r}; from aspo_lightning.cli import main; main()"
+    program = f"import sys; sys.argv[0] = {sys.argv[0]!r}; from aspo_lightning.cli.main import main; main()"
     os.execve(sys.executable, [sys.executable, "-c", program, *arguments], {**os.environ, RESTARTED: reason})
 
 
@@ -277,7 +278,7 @@ def computation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "seed_everything": config.get("seed_everything"),
         "model": counting(config.get("model") or {}, ASPOModule),
-        "data": counting(config.get("data") or {}, RolloutDataModule),
+        "data": counting(config.get("data") or {}, RolloutDataModule, RolloutSettings),
         "trainer": {key: trainer.get(key) for key in TRAINER},
     }
 

@@ -4,10 +4,11 @@ Weights, gradients and optimizer state are counted on a model without memory (th
 that model run its forward pass and noting what it would keep for backward.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from aspo_lightning.cli.plan import FRAGMENTATION, MOST_OF_A_GPU, asleep
 from aspo_lightning.engines import Generator, TransformersEngine, VLLMEngine
 from aspo_lightning.fsdp import blocks
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
@@ -32,6 +32,14 @@ RUNTIME = {"cuda": 3.0, "cpu": 0.95}
 DEFAULT_GPU_MEMORY = 80.0
 
 CPU_BATCHED_TOKENS = 4096  # of a prefill by vLLM's CPU build
+
+
+# By rule of thumb: what a sleeping engine keeps on a GPU (CUDA graphs, and the workspaces of kernels and sampler), in
+# GB; and the part of its memory that the trainer's allocator has in pieces too small to use or to give back.
+ASLEEP, ASLEEP_EAGER = 2.0, 1.0
+FRAGMENTATION = 0.1
+MOST_OF_A_GPU = 0.9
+"""The largest share of it that is suggested for the engine."""
 
 
 @dataclass(frozen=True)
@@ -252,3 +260,15 @@ def activations(model_name_or_path: str, tokens: int, compute_bytes: int) -> flo
         # With a mask nothing asks the position ids' values, which the meta device doesn't have.
         model.lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return sum(kept.values()) * compute_bytes / HALF
+
+
+def asleep(engine: Generator) -> float:
+    """Bytes that vLLM keeps on a GPU while it sleeps. They count in its share."""
+    return (ASLEEP_EAGER if getattr(engine, "enforce_eager", False) else ASLEEP) * GB
+
+
+def with_share(run: Run, share: float) -> Run:
+    """With another ``gpu_memory_utilization``."""
+    engine = copy.copy(run.engine)
+    cast(VLLMEngine, engine).gpu_memory_utilization = share
+    return replace(run, engine=engine)

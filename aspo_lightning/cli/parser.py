@@ -4,7 +4,7 @@ import inspect
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.curriculum import Curriculum
@@ -12,6 +12,8 @@ from aspo_lightning.engines import Generator
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.objectives import Objective
 from aspo_lightning.tasks import Task
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help stands under it
 
 
 class Parser(LightningArgumentParser):

@@ -1,6 +1,5 @@
 """``aspo plan --config ...``: what a run takes, before anyone rents a GPU for it."""
 
-import copy
 import os
 from dataclasses import replace
 from typing import Any, cast
@@ -10,32 +9,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.cli.fit import ASPOCLI, check_checkpoints, check_strategy
-from aspo_lightning.cli.memory import DEFAULT_GPU_MEMORY, GB, Plan, Run, make_plan, optimizer_states
+from aspo_lightning.cli.memory import DEFAULT_GPU_MEMORY, GB, Plan, Run, make_plan, optimizer_states, with_share
 from aspo_lightning.datamodule import RolloutDataModule, check_shared_engines
-from aspo_lightning.engines import Generator, VLLMEngine
+from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.module import ASPOModule
-
-# By rule of thumb: what a sleeping engine keeps on a GPU (CUDA graphs, and the workspaces of kernels and sampler), in
-# GB; and the part of its memory that the trainer's allocator has in pieces too small to use or to give back.
-ASLEEP, ASLEEP_EAGER = 2.0, 1.0
-
-FRAGMENTATION = 0.1
-
-MOST_OF_A_GPU = 0.9
-"""The largest share of it that is suggested for the engine."""
-
-
-def asleep(engine: Generator) -> float:
-    """Bytes that vLLM keeps on a GPU while it sleeps. They count in its share."""
-    return (ASLEEP_EAGER if getattr(engine, "enforce_eager", False) else ASLEEP) * GB
-
-
-def with_share(run: Run, share: float) -> Run:
-    """With another ``gpu_memory_utilization``."""
-    engine = copy.copy(run.engine)
-    cast(VLLMEngine, engine).gpu_memory_utilization = share
-    return replace(run, engine=engine)
 
 
 def changes(run: Run, share: float | None) -> dict[str, Run]:
@@ -163,9 +141,9 @@ def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_
         lora_rank=load["lora_rank"],
         reference=module.kl_coef > 0 and not load["lora_rank"],
         optimizer_states=optimizer_states(module.optimizer),
-        token_budget=data.phase_settings["token_budget"],
-        longest_sequence=data.longest_sequence,
-        completions=data.prompts_per_phase * data.sampling.group_size,
+        token_budget=data.settings.micro_batch_tokens,
+        longest_sequence=data.settings.longest_sequence,
+        completions=data.settings.prompts_per_phase * data.settings.group_size,
         context_length=data.context_length,
         engine=data.engine,
         gpu_memory=gpu_memory,
@@ -174,15 +152,15 @@ def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_
 
 def epoch_lines(data: RolloutDataModule, world_size: int) -> list[str]:
     """What an epoch consists of."""
-    settings, sampling = data.phase_settings, data.sampling
-    completions = data.prompts_per_phase * sampling.group_size
-    tokens = completions * data.longest_sequence
-    steps = settings["optimizer_steps"] * settings["passes"]
-    micro_batches = -(-tokens * settings["passes"] // (settings["token_budget"] * world_size))
+    settings = data.settings
+    completions = settings.prompts_per_phase * settings.group_size
+    tokens = completions * settings.longest_sequence
+    steps = settings.optimizer_steps * settings.passes
+    micro_batches = -(-tokens * settings.passes // (settings.micro_batch_tokens * world_size))
     return [
-        f"An epoch: {data.prompts_per_phase} prompts x {sampling.group_size} completions of up to "
-        f"{sampling.max_tokens:,} tokens: up to {tokens:,} tokens with their prompts",
-        f"{steps} optimizer steps; up to {max(micro_batches, steps)} micro-batches of {settings['token_budget']:,} "
+        f"An epoch: {settings.prompts_per_phase} prompts x {settings.group_size} completions of up to "
+        f"{settings.max_completion_length:,} tokens: up to {tokens:,} tokens with their prompts",
+        f"{steps} optimizer steps; up to {max(micro_batches, steps)} micro-batches of {settings.micro_batch_tokens:,} "
         f"tokens on each of {world_size} ranks",
     ]
 

@@ -1,130 +1,171 @@
-"""One rollout phase, from the sync of the weights to scored micro-batches."""
+"""One epoch, from the sync of the weights to scored micro-batches.
 
-import math
+policy ── weights ──► engine                                    sync
+                        │   ──► the probe: engine = trainer?    probe
+curriculum ── prompts ──┤                                       draw
+                        ▼
+                   completions ──► rewards                      sample (again while too few groups tell something)
+                        │
+              every rank holds all groups                       keep those that tell something
+                        │
+        shaped rewards ──► advantages                           shape
+                        │
+optimizer steps × micro-batches × ranks, loss weights           pack
+                        │
+policy and reference ──► old and reference log-probs            score, and the mismatch with the engine's
+                        │
+                        ▼
+                      Phase ──► training_step, batch by batch
+"""
+
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from aspo_lightning.advantages import AdvantageEstimator
-from aspo_lightning.evaluation.metrics import accuracy, repetition_rate
-from aspo_lightning.rollouts.mismatch import correct_mismatch, mismatch_metrics
+from aspo_lightning.curriculum import Curriculum
+from aspo_lightning.engines.base import Generator, engine_errors
+from aspo_lightning.rollouts.mismatch import Probe, correct_mismatch, mismatch_metrics
 from aspo_lightning.rollouts.packing import pack, plan_phase
-from aspo_lightning.rollouts.settings import Averaging, MismatchCorrection, NoSpread, Shaping
-from aspo_lightning.rollouts.shaping import has_task_spread, trained_sequences
+from aspo_lightning.rollouts.sampling import Sampler
+from aspo_lightning.rollouts.settings import RolloutSettings
+from aspo_lightning.rollouts.shaping import has_task_spread, rollout_metrics, trained_sequences
 from aspo_lightning.types import MicroBatch, Phase, Prompt, RolloutGroup
 
-Scorer = Callable[[Sequence[MicroBatch]], list[tuple[Tensor, Tensor]]]
-"""(old_logprobs[N], ref_logprobs[N]) of each micro-batch, on the CPU."""
+
+class Scorer(Protocol):
+    """What scores micro-batches: see ``ASPOModule``."""
+
+    def score(
+        self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(old_logprobs[N], ref_logprobs[N]) of each, on the CPU. Those ``without_reference`` come last."""
+        ...
 
 
-def build_phase(
-    groups: Sequence[RolloutGroup],
-    scorer: Scorer,
-    *,
-    epoch: int,
-    optimizer_steps: int,
-    token_budget: int,
-    max_completion_length: int,
-    advantage: AdvantageEstimator = "group_std",
-    averaging: Averaging = "token_mean",
-    shaping: Shaping = Shaping(),
-    no_spread: NoSpread = "drop",
-    passes: int = 1,
-    max_groups: int | None = None,
-    mismatch_correction: MismatchCorrection = "off",
-    mismatch_bounds: tuple[float, float] = (0.5, 2.0),
-    quadratic_cost: float = 0.0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Phase:
-    """Turns sampled groups into the scored micro-batches of this rank.
-
-    Groups without reward spread are in no numerator and no denominator of the loss, unless ``no_spread`` is keep. Of
-    the others the first ``max_groups`` are trained on, ``passes`` times.
-    """
-    metrics = rollout_metrics(groups)
-    kept = [g for g in groups if no_spread == "keep" or has_task_spread(g, shaping)][:max_groups]
-    metrics["rollout/kept_groups"] = float(len(kept))
-    sequences = trained_sequences(kept, advantage, shaping, max_completion_length)
-    plan = plan_phase(
-        [[len(s.prompt_ids) + len(s.rollout.completion_ids) for s in group] for group in sequences],
-        optimizer_steps=optimizer_steps,
-        world_size=world_size,
-        token_budget=token_budget,
-        quadratic_cost=quadratic_cost,
-    )
-    micro_batches = pack([s for g in sequences for s in g], plan, averaging, max_completion_length, rank, world_size)
-    start = time.perf_counter()
-    scored = [
-        replace(batch, old_logprobs=old, ref_logprobs=ref)
-        for batch, (old, ref) in zip(micro_batches, scorer(micro_batches), strict=True)
-    ]
-    metrics["time/score_s"] = time.perf_counter() - start
-    metrics |= mismatch_metrics(scored, world_size)
-    corrected = [correct_mismatch(batch, mismatch_correction, mismatch_bounds) for batch in scored]
-    return Phase(epoch, corrected * passes, plan.accumulate, list(groups), metrics)
-
-
-def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over all completions of a phase; length in tokens."""
-    rollouts = [r for g in groups for r in g.rollouts]
-
-    def mean(values: Sequence[float]) -> float:
-        return math.fsum(values) / len(values)
-
-    return {
-        "rollout/reward": mean([r.reward for r in rollouts]),
-        "rollout/accuracy": accuracy(groups),
-        "rollout/length": mean([r.sampled_length for r in rollouts]),
-        "rollout/truncated_fraction": mean([r.truncated for r in rollouts]),
-        "rollout/repetition_rate": mean([repetition_rate(r.text) for r in rollouts]),
-        "rollout/failed_rewards": float(sum(r.failed for r in rollouts)),
-    }
-
-
-def sample_phase(
-    draw: Callable[[int, int, Sequence[RolloutGroup]], list[Prompt]],
-    sample: Callable[[Sequence[Prompt]], tuple[list[RolloutGroup], dict[str, float]]],
-    useful: Callable[[RolloutGroup], bool],
-    count: int,
-    *,
-    max_refills: int = 0,
-) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Samples ``count`` groups, and more of them while fewer than ``count`` are useful (DAPO's dynamic sampling).
-
-    Args:
-        draw: (attempt, prompts wanted, groups so far) -> prompts; fewer where there are no more.
-        sample: prompts -> (groups, seconds by part).
-        useful: whether a group can be trained on.
-        max_refills: how many more times to sample.
-
-    Returns:
-        All groups, in the order sampled, and the seconds of all rounds together.
-    """
-    groups: list[RolloutGroup] = []
-    times: dict[str, float] = {}
-    for attempt in range(max_refills + 1):
-        missing = count - sum(map(useful, groups))
-        if missing <= 0 or not (prompts := draw(attempt, missing, groups)):
-            break
-        more, seconds = sample(prompts)
-        groups += more
-        times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
-    return groups, times
-
-
-class Policy(Protocol):
+class Policy(Scorer, Protocol):
     """What a phase needs of the module that trains: see ``ASPOModule``."""
 
     model_name_or_path: str
     temperature: float
 
-    def score(
-        self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
-    ) -> list[tuple[Tensor, Tensor]]: ...
+    def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) of each weight."""
+        ...
 
-    def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]: ...
+
+class Rollouts:
+    """Makes the phase of each epoch, on policy.
+
+    Args:
+        sampler: samples and scores groups, with the engine that takes over the weights.
+        curriculum: which prompts an epoch draws.
+        prompts: to draw from.
+        settings: ``data.*``.
+        probe: compares engine and trainer after each sync. None: nothing does.
+        quadratic_cost: of attention, see ``packing.plan_phase``.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        curriculum: Curriculum,
+        prompts: Sequence[Prompt],
+        settings: RolloutSettings,
+        *,
+        probe: Probe | None = None,
+        quadratic_cost: float = 0.0,
+    ) -> None:
+        self.sampler, self.curriculum, self.prompts, self.settings = sampler, curriculum, prompts, settings
+        self.probe, self.quadratic_cost = probe, quadratic_cost
+
+    def phase(self, policy: Policy, epoch: int) -> Phase:
+        """One epoch: all its groups, and what this rank trains on. Collective."""
+        sync_s = sync(self.sampler.engine, policy)
+        probe = self.probe.sample(self.sampler.engine) if self.probe else None
+        groups, times = self.sample(epoch)
+        self.sampler.engine.sleep()
+        learned = self.curriculum.update(groups)
+        phase = self.train_on(groups, policy, epoch, probe)
+        phase.metrics.update(times, **{"time/sync_s": sync_s}, **learned)
+        return phase
+
+    def sample(self, epoch: int) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """The groups of an epoch in the order sampled, and the seconds by part.
+
+        With ``no_spread: refill`` more are sampled while too few tell something (DAPO's dynamic sampling).
+        """
+        settings = self.settings
+        groups: list[RolloutGroup] = []
+        times: dict[str, float] = {}
+        for attempt in range(settings.refills + 1):
+            missing = settings.prompts_per_phase - sum(has_task_spread(g, settings.shaping) for g in groups)
+            if missing <= 0 or not (prompts := self.draw(epoch, attempt, missing, groups)):
+                break
+            more, seconds = self.sampler.groups(prompts, settings.sampling, epoch=epoch, description="generate")
+            groups += more
+            times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
+        return groups, times
+
+    def draw(self, epoch: int, attempt: int, missing: int, so_far: Sequence[RolloutGroup]) -> list[Prompt]:
+        """The prompts of a first attempt; after it those that are ``missing``, of prompts not yet drawn."""
+        seed, count = self.settings.seed, self.settings.prompts_per_phase
+        if attempt == 0:
+            return self.curriculum.draw(self.prompts, count, epoch=epoch, seed=seed)
+        drawn = {group.prompt.id for group in so_far}
+        left = [prompt for prompt in self.prompts if prompt.id not in drawn]
+        return self.curriculum.draw_more(left, missing, epoch=epoch, seed=seed, attempt=attempt)
+
+    def train_on(
+        self, groups: Sequence[RolloutGroup], scorer: Scorer, epoch: int, probe: MicroBatch | None = None
+    ) -> Phase:
+        """Turns sampled groups into the scored micro-batches of this rank.
+
+        Groups without reward spread are in no numerator and no denominator of the loss, unless ``no_spread`` is keep.
+        Of the others the first ``prompts_per_phase`` are trained on, ``passes`` times.
+        """
+        settings, rank, world_size = self.settings, self.sampler.rank, self.sampler.world_size
+        keep_all = settings.no_spread == "keep"
+        kept = [g for g in groups if keep_all or has_task_spread(g, settings.shaping)][: settings.prompts_per_phase]
+        limit = settings.max_completion_length
+        sequences = trained_sequences(kept, settings.advantage, settings.shaping, limit)
+        plan = plan_phase(
+            [[len(s.prompt_ids) + len(s.rollout.completion_ids) for s in group] for group in sequences],
+            optimizer_steps=settings.optimizer_steps,
+            world_size=world_size,
+            token_budget=settings.micro_batch_tokens,
+            quadratic_cost=self.quadratic_cost,
+        )
+        rows = pack([s for group in sequences for s in group], plan, settings.averaging, limit, rank, world_size)
+        start = time.perf_counter()
+        scored = self.score(scorer, rows, probe)
+        metrics = {
+            **rollout_metrics(groups),
+            "rollout/kept_groups": float(len(kept)),
+            "time/score_s": time.perf_counter() - start,
+            **mismatch_metrics(scored, world_size),
+        }
+        corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
+        return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics)
+
+    def score(self, scorer: Scorer, rows: Sequence[MicroBatch], probe: MicroBatch | None) -> list[MicroBatch]:
+        """The rows with old and reference log-probs; and the probe's: a sharded model is gathered once for both."""
+        scores = scorer.score(rows, without_reference=[probe] if probe else [])
+        if self.probe and probe:
+            self.probe.check(probe, scores.pop()[0])
+        return [replace(row, old_logprobs=old, ref_logprobs=ref) for row, (old, ref) in zip(rows, scores, strict=True)]
+
+
+def sync(engine: Generator, policy: Policy) -> float:
+    """Gives the engine the policy's weights as they are now. Returns the seconds that took.
+
+    Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be told from
+    the outside.
+    """
+    start = time.perf_counter()
+    with engine_errors():
+        engine.sync_weights(policy.policy_weights(engine.weights_dtype))
+    return time.perf_counter() - start

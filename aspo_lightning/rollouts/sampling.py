@@ -63,169 +63,175 @@ class _Episode:
         self.ended = True
 
 
-def sample_groups(
-    engine: Generator,
-    pool: RewardPool,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    epoch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    description: str = "generate",
-    vote: bool = False,
-    journal: Journal | None = None,
-) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Samples and scores a group for each prompt: each engine its share, the result gathered on all ranks.
+class Sampler:
+    """Samples groups and has them scored; each rank its share, the result gathered on all of them.
 
     Where several ranks share an engine they all sample its share, and the first of them has it scored.
 
     Args:
-        vote: also asks what each completion answers, by the ``answer`` of its first reward.
-        journal: what it knows isn't done again, and it learns what is done. Its rollouts have no log-probs.
-
-    Returns:
-        The groups in the order of the prompts, and the seconds of generation and reward (of the slowest rank).
+        engine: what samples.
+        pool: the processes that score.
+        tokenizer: of the model.
+        rank: of this process.
+        world_size: processes.
     """
-    size = engine.tensor_parallel_size
-    share = prompts[rank // size :: world_size // size]
-    start = time.perf_counter()
-    episodes = [_Episode(prompt, sample) for prompt in share for sample in range(sampling.group_size)]
-    if journal:
-        for episode in episodes:
-            if completion := journal.get(episode.prompt.id, episode.sample).get("completion"):
-                episode.restore(completion, tokenizer)
-    keep = None if rank % size else journal
-    turn = 0
-    while active := [e for e in episodes if not e.ended]:
-        _sample_turn(engine, tokenizer, active, sampling, epoch, turn, description, keep)
-        _answer(pool, tokenizer, [e for e in active if not e.ended], sampling.max_tokens, keep)
-        turn += 1
-    generated = time.perf_counter()
-    if rank % size:
-        episodes, share = [], []
-    rollouts = _score(pool, tokenizer, episodes, vote, journal)
-    groups = [
-        RolloutGroup(prompt, tuple(rollouts[i * sampling.group_size : (i + 1) * sampling.group_size]))
-        for i, prompt in enumerate(share)
-    ]
-    times = {"time/generate_s": generated - start, "time/reward_s": time.perf_counter() - generated}
-    if world_size > 1:
-        shares: list[Any] = [None] * world_size
-        dist.all_gather_object(shares, (groups, times))
-        times = {key: max(t[key] for _, t in shares) for key in times}
-        shares = shares[::size]
-        groups = [shares[i % len(shares)][0][i // len(shares)] for i in range(len(prompts))]
-    return groups, times
 
+    def __init__(
+        self,
+        engine: Generator,
+        pool: RewardPool,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.engine, self.pool, self.tokenizer, self.rank, self.world_size = engine, pool, tokenizer, rank, world_size
 
-def _score(
-    pool: RewardPool,
-    tokenizer: PreTrainedTokenizerBase,
-    episodes: Sequence[_Episode],
-    vote: bool,
-    journal: Journal | None,
-) -> list[Rollout]:
-    """The episodes with their scores. What is judged is the last turn: an environment's replies may hold answers."""
-    known: list[dict[str, Any]] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
-    todo = [i for i, record in enumerate(known) if "solved" not in record]
-    step = SCORED_AT_ONCE if journal else max(1, len(todo))
-    for first in range(0, len(todo), step):
-        part = todo[first : first + step]
-        judged = [episodes[i] for i in part]
-        scores = pool.score([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in judged])
-        answers: list[Any] = [None] * len(judged)
-        if vote:
-            calls = [Call(f"{next(iter(e.prompt.rewards))}:answer", e.turns[-1], e.prompt.row) for e in judged]
-            answers = [result.value for result in pool.run(calls, "answers")]
-        for i, episode, score, answer in zip(part, judged, scores, answers, strict=True):
-            reward, solved, failed = (0.0, False, True) if episode.failed else score
-            known[i] = {"reward": reward, "solved": solved, "failed": failed, "answer": answer}
-            if journal:
-                journal.add(episode.prompt.id, episode.sample, **known[i])
-    return [
-        Rollout(
-            tuple(e.ids),
-            tuple(e.logprobs),
-            e.truncated,
-            _decode(tokenizer, e.ids),
-            record["reward"],
-            record["solved"],
-            record["failed"],
-            None if all(e.sampled) else tuple(e.sampled),
-            record["answer"],
-        )
-        for e, record in zip(episodes, known, strict=True)
-    ]
+    def groups(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        epoch: int,
+        description: str = "generate",
+        vote: bool = False,
+        journal: Journal | None = None,
+    ) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """A group for each prompt.
 
+        Args:
+            prompts: in whatever number.
+            sampling: how.
+            epoch: of the seeds.
+            description: of the progress bar.
+            vote: also asks what each completion answers, by the ``answer`` of its first reward.
+            journal: what it knows isn't done again, and it learns what is done. Its rollouts have no log-probs.
 
-def _sample_turn(
-    engine: Generator,
-    tokenizer: PreTrainedTokenizerBase,
-    episodes: Sequence[_Episode],
-    sampling: Sampling,
-    epoch: int,
-    turn: int,
-    description: str,
-    journal: Journal | None,
-) -> None:
-    """Adds a turn of the model to each episode; ends those that nothing can follow."""
-    requests = [
-        SamplingRequest(
-            (*e.prompt.prompt_ids, *e.ids),
-            sampling.max_tokens - len(e.ids),
-            sampling_seed(sampling.seed, epoch, e.prompt.id, e.sample, turn),
-            sampling.temperature,
-            sampling.top_p,
-        )
-        for e in episodes
-    ]
+        Returns:
+            The groups in the order of the prompts, and the seconds of generation and reward (of the slowest rank).
+        """
+        size = self.engine.tensor_parallel_size
+        share = prompts[self.rank // size :: self.world_size // size]
+        start = time.perf_counter()
+        episodes = [_Episode(prompt, sample) for prompt in share for sample in range(sampling.group_size)]
+        if journal:
+            for episode in episodes:
+                if completion := journal.get(episode.prompt.id, episode.sample).get("completion"):
+                    episode.restore(completion, self.tokenizer)
+        keep = None if self.rank % size else journal
+        turn = 0
+        while active := [e for e in episodes if not e.ended]:
+            self._sample_turn(active, sampling, epoch, turn, description, keep)
+            self._answer([e for e in active if not e.ended], sampling.max_tokens, keep)
+            turn += 1
+        generated = time.perf_counter()
+        if self.rank % size:
+            episodes, share = [], []
+        rollouts = self._score(episodes, vote, journal)
+        groups = [
+            RolloutGroup(prompt, tuple(rollouts[i * sampling.group_size : (i + 1) * sampling.group_size]))
+            for i, prompt in enumerate(share)
+        ]
+        times = {"time/generate_s": generated - start, "time/reward_s": time.perf_counter() - generated}
+        if self.world_size > 1:
+            shares: list[Any] = [None] * self.world_size
+            dist.all_gather_object(shares, (groups, times))
+            times = {key: max(t[key] for _, t in shares) for key in times}
+            shares = shares[::size]
+            groups = [shares[i % len(shares)][0][i // len(shares)] for i in range(len(prompts))]
+        return groups, times
 
-    def finished(index: int, completion: Completion) -> None:
-        episode = episodes[index]
-        episode.ids += completion.completion_ids
-        episode.logprobs += completion.generator_logprobs
-        episode.sampled += [True] * len(completion.completion_ids)
-        episode.turns.append(_turn(tokenizer, requests[index].prompt_ids, completion.completion_ids))
-        episode.truncated = completion.truncated
-        episode.ended = completion.truncated or episode.prompt.environment is None
-        _keep(episode, journal)
+    def _sample_turn(
+        self,
+        episodes: Sequence[_Episode],
+        sampling: Sampling,
+        epoch: int,
+        turn: int,
+        description: str,
+        journal: Journal | None,
+    ) -> None:
+        """Adds a turn of the model to each episode; ends those that nothing can follow."""
+        requests = [
+            SamplingRequest(
+                (*e.prompt.prompt_ids, *e.ids),
+                sampling.max_tokens - len(e.ids),
+                sampling_seed(sampling.seed, epoch, e.prompt.id, e.sample, turn),
+                sampling.temperature,
+                sampling.top_p,
+            )
+            for e in episodes
+        ]
 
-    with engine_errors():
-        engine.generate(requests, description=description, finished=finished)
+        def finished(index: int, completion: Completion) -> None:
+            episode = episodes[index]
+            episode.ids += completion.completion_ids
+            episode.logprobs += completion.generator_logprobs
+            episode.sampled += [True] * len(completion.completion_ids)
+            episode.turns.append(_turn(self.tokenizer, requests[index].prompt_ids, completion.completion_ids))
+            episode.truncated = completion.truncated
+            episode.ended = completion.truncated or episode.prompt.environment is None
+            _keep(episode, journal)
+
+        with engine_errors():
+            self.engine.generate(requests, description=description, finished=finished)
+
+    def _answer(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
+        """Adds the environment's reply to each episode, or ends it."""
+        calls = [Call(e.prompt.environment, list(e.turns), e.prompt.row) for e in episodes if e.prompt.environment]
+        for episode, result in zip(episodes, self.pool.run(calls, "environment"), strict=True):
+            reply = result.value
+            if not isinstance(reply, str):
+                episode.failed = result.failed or reply is not None
+                episode.ended = True
+                _keep(episode, journal)
+                continue
+            text = episode.prompt.before_reply + reply + episode.prompt.after_reply
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            if len(episode.ids) + len(ids) >= max_tokens:  # no room for another turn
+                episode.truncated = episode.ended = True
+                _keep(episode, journal)
+                continue
+            episode.ids += ids
+            episode.logprobs += [0.0] * len(ids)
+            episode.sampled += [False] * len(ids)
+
+    def _score(self, episodes: Sequence[_Episode], vote: bool, journal: Journal | None) -> list[Rollout]:
+        """The episodes, scored. What is judged is the last turn: an environment's replies may hold answers."""
+        known: list[dict[str, Any]] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
+        todo = [i for i, record in enumerate(known) if "solved" not in record]
+        step = SCORED_AT_ONCE if journal else max(1, len(todo))
+        for first in range(0, len(todo), step):
+            part = todo[first : first + step]
+            judged = [episodes[i] for i in part]
+            scores = self.pool.score([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in judged])
+            answers: list[Any] = [None] * len(judged)
+            if vote:
+                calls = [Call(f"{next(iter(e.prompt.rewards))}:answer", e.turns[-1], e.prompt.row) for e in judged]
+                answers = [result.value for result in self.pool.run(calls, "answers")]
+            for i, episode, score, answer in zip(part, judged, scores, answers, strict=True):
+                reward, solved, failed = (0.0, False, True) if episode.failed else score
+                known[i] = {"reward": reward, "solved": solved, "failed": failed, "answer": answer}
+                if journal:
+                    journal.add(episode.prompt.id, episode.sample, **known[i])
+        return [
+            Rollout(
+                tuple(e.ids),
+                tuple(e.logprobs),
+                e.truncated,
+                _decode(self.tokenizer, e.ids),
+                record["reward"],
+                record["solved"],
+                record["failed"],
+                None if all(e.sampled) else tuple(e.sampled),
+                record["answer"],
+            )
+            for e, record in zip(episodes, known, strict=True)
+        ]
 
 
 def _keep(episode: _Episode, journal: Journal | None) -> None:
     if episode.ended and journal:
         journal.add(episode.prompt.id, episode.sample, completion=episode.record())
-
-
-def _answer(
-    pool: RewardPool,
-    tokenizer: PreTrainedTokenizerBase,
-    episodes: Sequence[_Episode],
-    max_tokens: int,
-    journal: Journal | None,
-) -> None:
-    """Adds the environment's reply to each episode, or ends it."""
-    calls = [Call(e.prompt.environment, list(e.turns), e.prompt.row) for e in episodes if e.prompt.environment]
-    for episode, result in zip(episodes, pool.run(calls, "environment"), strict=True):
-        reply = result.value
-        if not isinstance(reply, str):
-            episode.failed = result.failed or reply is not None
-            episode.ended = True
-            _keep(episode, journal)
-            continue
-        text = episode.prompt.before_reply + reply + episode.prompt.after_reply
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        if len(episode.ids) + len(ids) >= max_tokens:  # no room for another turn
-            episode.truncated = episode.ended = True
-            _keep(episode, journal)
-            continue
-        episode.ids += ids
-        episode.logprobs += [0.0] * len(ids)
-        episode.sampled += [False] * len(ids)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:

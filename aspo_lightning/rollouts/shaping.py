@@ -1,11 +1,13 @@
 """From a task reward to an advantage, and which groups tell something."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from aspo_lightning.advantages import AdvantageEstimator, group_advantages, has_spread
+from aspo_lightning.evaluation.metrics import accuracy, repetition_rate
 from aspo_lightning.rollouts.settings import Shaping
 from aspo_lightning.types import Rollout, RolloutGroup
 
@@ -59,3 +61,20 @@ def task_reward(rollout: Rollout, shaping: Shaping) -> float:
 def has_task_spread(group: RolloutGroup, shaping: Shaping) -> bool:
     """Whether its completions differ in task reward, before the overlong penalty. Without that it tells nothing."""
     return has_spread([task_reward(r, shaping) for r in group.rollouts])
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Means over all completions of a phase; length in tokens."""
+    rollouts = [r for g in groups for r in g.rollouts]
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(values) / len(values)
+
+    return {
+        "rollout/reward": mean([r.reward for r in rollouts]),
+        "rollout/accuracy": accuracy(groups),
+        "rollout/length": mean([r.sampled_length for r in rollouts]),
+        "rollout/truncated_fraction": mean([r.truncated for r in rollouts]),
+        "rollout/repetition_rate": mean([repetition_rate(r.text) for r in rollouts]),
+        "rollout/failed_rewards": float(sum(r.failed for r in rollouts)),
+    }

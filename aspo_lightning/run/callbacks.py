@@ -125,8 +125,8 @@ class BestCheckpoint(ModelCheckpoint):
         self._evaluated = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        sizes: dict[str, int] = getattr(trainer.datamodule, "eval_group_sizes", {})  # type: ignore[attr-defined]
-        tags = [f"eval/{name}/avg@{k}" for name, k in sizes.items()]
+        evaluations = getattr(trainer.datamodule, "evaluations", {})  # type: ignore[attr-defined]
+        tags = [f"eval/{name}/avg@{sampling.group_size}" for name, sampling in evaluations.items()]
         names = [tag.rpartition("/")[0] for tag in tags]
         if self.monitor is not None and self.monitor.rpartition("/")[0] not in names:
             raise ConfigError(
