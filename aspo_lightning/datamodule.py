@@ -70,7 +70,7 @@ class RolloutDataModule(LightningDataModule):
         self.results: Results | None = None  # where an evaluation is kept, set before it starts
         self.probe: Probe | None = None
         self._sampler: Sampler | None = None
-        self._rollouts: Rollouts | None = None
+        self.rollouts: Rollouts | None = None
         self._started = False
 
     @property
@@ -96,7 +96,7 @@ class RolloutDataModule(LightningDataModule):
             return
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         self._sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size)
-        self._rollouts = Rollouts(
+        self.rollouts = Rollouts(
             self._sampler,
             self.curriculum,
             self.train_prompts,
@@ -157,8 +157,8 @@ class RolloutDataModule(LightningDataModule):
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
             return Phase(epoch, [], accumulate=1, groups=[])  # a run resumed behind its end
         if self.phase is None or self.phase.epoch != epoch:
-            assert self._rollouts is not None
-            self.phase = self._rollouts.phase(self._policy, epoch)
+            assert self.rollouts is not None
+            self.phase = self.rollouts.phase(self._policy, epoch)
             no_stop_before(trainer, trainer.global_step + len(self.phase) // self.phase.accumulate)
         trainer.accumulate_grad_batches = self.phase.accumulate
         return self.phase

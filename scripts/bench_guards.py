@@ -13,31 +13,33 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from aspo_lightning.cli.main import main as cli
-from aspo_lightning.datamodule import RolloutDataModule
+from aspo_lightning import datamodule
+from aspo_lightning.cli.main import main as aspo
+from aspo_lightning.rollouts.loop import Rollouts
 from aspo_lightning.run.guards import CollapseGuard, NonFiniteGuard, RatioCanary
 
 GUARDS = (NonFiniteGuard, RatioCanary, CollapseGuard)  # GracefulStop does nothing until it is needed
 WARM_UP = 2
 
 
-class SameEpoch(RolloutDataModule):
+class SameEpoch(Rollouts):
     """Runs its first phase again and again, every second time without guards; keeps the seconds of each epoch."""
 
     seconds: list[float] = []  # noqa: RUF012
 
-    def _run_phase(self, epoch):
+    def phase(self, policy, epoch):
         now = time.perf_counter()
+        callbacks = policy.trainer.callbacks
         if epoch:
             self.seconds.append(now - self.began)
         else:
-            self.guards = [c for c in self.trainer.callbacks if isinstance(c, GUARDS)]
+            self.guards = [c for c in callbacks if isinstance(c, GUARDS)]
             self.guarding_probe = self.probe
         self.began = now
-        others = [c for c in self.trainer.callbacks if c not in self.guards]
-        self.trainer.callbacks[:] = [*(self.guards if epoch % 2 else []), *others]
+        others = [c for c in callbacks if c not in self.guards]
+        callbacks[:] = [*(self.guards if epoch % 2 else []), *others]
         self.probe = self.guarding_probe if epoch % 2 else None
-        return replace(super()._run_phase(0), epoch=epoch)
+        return replace(super().phase(policy, 0), epoch=epoch)
 
 
 def main() -> None:
@@ -56,10 +58,10 @@ def main() -> None:
         "false",
     ]
     sys.argv += ["--model.optimizer.init_args.lr", "0"]
-    cli.RolloutDataModule = SameEpoch
+    datamodule.Rollouts = SameEpoch
     with tempfile.TemporaryDirectory() as folder:
         sys.argv += ["--trainer.default_root_dir", folder]
-        cli.main()
+        aspo()
     seconds = SameEpoch.seconds[WARM_UP:]
     ratios = sorted(b / a for a, b in zip(seconds[::2], seconds[1::2], strict=True))
     print(f"without: {statistics.median(seconds[::2]):.2f} s an epoch, with: {statistics.median(seconds[1::2]):.2f} s")

@@ -14,9 +14,9 @@ from aspo_lightning import ASPOModule
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.objectives import ASPO
 from aspo_lightning.policy.weights import whole
-from aspo_lightning.rollouts.loop import build_phase
 from aspo_lightning.rollouts.packing import plan_phase
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
+from tests.support.phases import build_phase
 
 TEMPERATURE, KL_COEF, ENTROPY_COEF, MAX_LENGTH = 0.7, 0.1, 0.01, 12
 SHARDED = {

@@ -77,8 +77,8 @@ def test_a_config_works_or_is_refused(parser, tiny_model, tmp_path_factory, sect
         return
     # What was taken is what was said, and no number that can't be computed with.
     assert not (isinstance(value, float) and not math.isfinite(value)), (key, value)
-    assert made.data.sampling.group_size >= 2
-    assert made.data.longest_sequence <= made.data.phase_settings["token_budget"]
+    assert made.data.settings.group_size >= 2
+    assert made.data.settings.longest_sequence <= made.data.settings.micro_batch_tokens
 
 
 ROW = st.dictionaries(st.sampled_from(["question", "answer", "id", "level", "x"]), VALUES, max_size=5)

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from aspo_lightning.curriculum import PassRate
+from aspo_lightning.curriculum import PassRate, Shuffled
 from aspo_lightning.engines.base import Generator
 from aspo_lightning.evaluation.metrics import accuracy, measure
 from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
-from aspo_lightning.rollouts.loop import rollout_metrics, sample_phase
-from aspo_lightning.rollouts.sampling import sample_groups, sampling_seed
-from aspo_lightning.rollouts.settings import Sampling
+from aspo_lightning.rollouts.loop import Rollouts
+from aspo_lightning.rollouts.sampling import Sampler, sampling_seed
+from aspo_lightning.rollouts.settings import RolloutSettings, Sampling, Shaping
+from aspo_lightning.rollouts.shaping import has_task_spread, rollout_metrics
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
 
@@ -76,7 +77,7 @@ def pool():
 
 def test_groups_are_sampled_with_their_own_seeds_and_scored(pool):
     engine, prompts = Script(), [prompt(0, 2), prompt(1, 4)]
-    groups, times = sample_groups(engine, pool, Counting(), prompts, Sampling(3, 9, 0.7, 0.9, seed=5), epoch=2)
+    groups, times = Sampler(engine, pool, Counting()).groups(prompts, Sampling(3, 9, 0.7, 0.9, seed=5), epoch=2)
     assert [g.prompt for g in groups] == prompts
     assert [[r.reward for r in g.rollouts] for g in groups] == [[2.0] * 3, [4.0] * 3]
     assert [r.seed for r in engine.requests] == [sampling_seed(5, 2, f"p{p}", s) for p in (0, 1) for s in range(3)]
@@ -94,8 +95,8 @@ def test_accuracy_votes_and_curricula_go_by_the_first_reward(pool, tmp_path):
 
     def sample():
         engine = Script([said(text) for text in "2112"])  # wrong ones get 0.05 * 20 = 1
-        return sample_groups(
-            engine, pool, Characters(), task, Sampling(2, 9, 1.0, 1.0, 0), epoch=0, vote=True, journal=journal
+        return Sampler(engine, pool, Characters()).groups(
+            task, Sampling(2, 9, 1.0, 1.0, 0), epoch=0, vote=True, journal=journal
         )[0]
 
     groups = sample()
@@ -145,7 +146,7 @@ def play(pool, answers, max_tokens=50, environment="tests.guessing.environment")
         "p0", (65,), "A", "A", {"tests.guessing.reward": 1.0}, {"secret": 7}, environment=environment, after_reply=": "
     )
     engine = Script([said(a) if isinstance(a, str) else a for a in answers])
-    (group,), _ = sample_groups(engine, pool, Characters(), [game], Sampling(1, max_tokens, 1.0, 1.0, seed=0), epoch=0)
+    (group,), _ = Sampler(engine, pool, Characters()).groups([game], Sampling(1, max_tokens, 1.0, 1.0, seed=0), epoch=0)
     return engine, group.rollouts[0]
 
 
@@ -176,7 +177,7 @@ def thought(pool, prompt_text, answers, **kwargs):
     ids = tuple(map(ord, prompt_text))
     game = Prompt("p0", ids, prompt_text, "A", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"}, **kwargs)
     engine = Script([said(a) for a in answers])
-    (group,), _ = sample_groups(engine, pool, Characters(), [game], Sampling(1, 500, 1.0, 1.0, seed=0), epoch=0)
+    (group,), _ = Sampler(engine, pool, Characters()).groups([game], Sampling(1, 500, 1.0, 1.0, seed=0), epoch=0)
     return group.rollouts[0].reward
 
 
@@ -206,7 +207,7 @@ def test_a_sampling_that_goes_on_judges_thinking_all_the_same(pool):
     ids = tuple(map(ord, "A<think>"))
     game = Prompt("p0", ids, "A<think>", "A", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"})
     settings = Sampling(1, 500, 1.0, 1.0, seed=0)
-    (group,), _ = sample_groups(Script(), pool, Characters(), [game], settings, epoch=0, journal=Known())
+    (group,), _ = Sampler(Script(), pool, Characters()).groups([game], settings, epoch=0, journal=Known())
     assert group.rollouts[0].reward == 0.0
 
 
@@ -215,10 +216,6 @@ def test_an_environment_that_fails_ends_the_episode_without_reward(pool):
     assert (rollout.text, rollout.reward, rollout.solved, rollout.failed) == ("7", 0.0, False, True)
     _, rollout = play(pool, ["7"], environment="tests.guessing.says_a_number")
     assert (rollout.text, rollout.reward, rollout.solved, rollout.failed) == ("7", 0.0, False, True)
-
-
-def useful(group):
-    return len({r.reward for r in group.rollouts}) > 1
 
 
 def groups_of(*spreads):
@@ -241,14 +238,18 @@ def groups_of(*spreads):
 def test_a_phase_is_refilled_up_to_its_bound(rounds, max_refills, asked, kept):
     left, requests = list(rounds), []
 
-    def draw(attempt, missing, so_far):
-        assert attempt == len(requests)
-        requests.append(missing)
-        return left.pop(0)
+    class Rounds(Shuffled):
+        def draw(self, prompts, count, *, epoch, seed):
+            return self.draw_more(prompts, count, epoch=epoch, seed=seed, attempt=0)
 
-    groups, times = sample_phase(
-        draw, lambda prompts: (groups_of(*prompts), {"time/x_s": 1.5}), useful, 4, max_refills=max_refills
-    )
+        def draw_more(self, prompts, missing, *, epoch, seed, attempt):
+            assert attempt == len(requests)
+            requests.append(missing)
+            return left.pop(0)
+
+    sampler = SimpleNamespace(groups=lambda prompts, sampling, **_: (groups_of(*prompts), {"time/x_s": 1.5}))
+    settings = RolloutSettings(prompts_per_phase=4, max_refills=max_refills, no_spread="refill")
+    groups, times = Rollouts(sampler, Rounds(), [], settings).sample(epoch=0)
     assert requests == asked
-    assert sum(map(useful, groups)) == kept
+    assert sum(has_task_spread(g, Shaping()) for g in groups) == kept
     assert times == {"time/x_s": 1.5 * sum(1 for r in rounds if r)}

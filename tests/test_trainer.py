@@ -1,6 +1,7 @@
 """The modules from plain Python, under Trainers of all kinds: what is refused, what is waited for."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -329,10 +330,8 @@ class NothingLearned(Callback):
     """Takes all groups out of the second phase, as one without spread does."""
 
     def on_train_epoch_end(self, trainer, pl_module):
-        trainer.datamodule.phase_settings["no_spread"] = "drop"
-        trainer.datamodule.phase_settings["shaping"] = trainer.datamodule.phase_settings["shaping"]._replace(
-            truncated="zero"
-        )
+        rollouts = trainer.datamodule.rollouts
+        rollouts.settings = replace(rollouts.settings, no_spread="drop", truncated="zero")
 
 
 def test_what_a_phase_did_not_measure_is_not_shown_again(parts, capsys):
@@ -417,5 +416,5 @@ def test_corrections_of_a_mismatch_need_the_log_probs_of_all_tokens(parts):
         with pytest.raises(ConfigError, match=r"data.mismatch_correction is .* and data.top_p 0.7"):
             parts(top_p=0.7, mismatch_correction=correction)
     _, data = parts(top_p=0.7, eval_top_p=0.9)
-    assert data.sampling.top_p == 0.7
-    assert data.eval_sampling["sums"].top_p == 0.9
+    assert data.settings.top_p == 0.7
+    assert data.evaluations["sums"].top_p == 0.9

@@ -1,0 +1,37 @@
+"""Phases of given groups, without an engine."""
+
+from types import SimpleNamespace
+
+from aspo_lightning.curriculum import Shuffled
+from aspo_lightning.rollouts.loop import Rollouts
+from aspo_lightning.rollouts.settings import RolloutSettings, Shaping
+from aspo_lightning.types import Phase
+
+
+def build_phase(
+    groups,
+    score,
+    *,
+    epoch,
+    token_budget,
+    max_completion_length,
+    rank=0,
+    world_size=1,
+    max_groups=None,
+    quadratic_cost=0.0,
+    shaping=Shaping(),
+    **settings,
+) -> Phase:
+    """What a rank trains on, of given groups. ``score`` gives (old, reference) log-probs of each micro-batch."""
+    settings = RolloutSettings(
+        prompts_per_phase=max_groups or len(groups),
+        max_prompt_length=max(1, token_budget - max_completion_length),
+        max_completion_length=max_completion_length,
+        token_budget=token_budget,
+        **shaping._asdict(),
+        **settings,
+    )
+    sampler = SimpleNamespace(rank=rank, world_size=world_size)
+    rollouts = Rollouts(sampler, Shuffled(), [], settings, quadratic_cost=quadratic_cost)
+    scorer = SimpleNamespace(score=lambda rows, without_reference: score(rows))
+    return rollouts.train_on(groups, scorer, epoch)
