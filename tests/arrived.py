@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
@@ -38,6 +39,8 @@ class Arrived(Callback):
                     }
                     for group in phase.groups
                 ],
+                # Of its median token: in a mixture of experts single tokens go to other experts in the engine.
+                "mismatch": torch.cat([b.old_logprobs - b.generator_logprobs for b in phase]).abs().median().item(),
                 "losses": [],
                 "log_ratios": [],
                 "inputs": [],

@@ -18,6 +18,7 @@ settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], da
 SLOW = (
     "test_faults",
     "test_fsdp",
+    "test_recipes_run",
     "test_servers",
     "test_docs",
     "test_evaluation",

@@ -4,6 +4,7 @@ A line is JSON, {"command": [...], "environment": {...}, "log": file for all out
 child's process id and, when it has ended, its exit code (minus the signal that ended it).
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -12,6 +13,9 @@ import sys
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # most of an engine's start
 
 # What a run imports late: forks needn't.
+import pandas  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+import vllm.entrypoints.llm
 import vllm.model_executor.models.llama
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
@@ -25,6 +29,7 @@ def run(command: list[str], environment: dict[str, str], log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.dump_traceback_later(500, exit=True)  # of what hangs
     os.environ.update(environment)
     sys.argv = ["aspo", *command]
     code: object = 0

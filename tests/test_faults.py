@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 import yaml
 
 from aspo_lightning.run.folder import RunFolder
-from tests.test_cli import ROOT, scalars, tiny_config
-from tests.test_fsdp import free_port
+from tests.starters import Starters
+from tests.test_cli import scalars, tiny_config
 
 EPOCHS = 6
 
@@ -31,22 +30,8 @@ class Ranks:
         self.config["trainer"].update(max_epochs=EPOCHS)
         if ranks > 1:
             self.config["trainer"].update(strategy="fsdp2", devices=ranks)
-        self.starters = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "starts.py")],
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            )
-            for _ in range(ranks)
-        ]
-
-    def close(self) -> None:
-        for starter in self.starters:
-            starter.stdin.close()
-            starter.wait()
+        self.starters = Starters(ranks)
+        self.close, self.wait = self.starters.close, self.starters.wait
 
     def start(self, name: str, *args: str, **fault) -> list[int]:
         """The process ids of a start."""
@@ -63,16 +48,7 @@ class Ranks:
         return self.command(name, ["fit", "--config", str(path), *args])
 
     def command(self, name: str, command: list[str]) -> list[int]:
-        port = str(free_port())
-        for rank, starter in enumerate(self.starters):
-            environment = {} if self.ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {} if self.ranks == 1 else {"LOCAL_RANK": str(rank)}
-            line = {"command": command, "environment": environment, "log": str(self.log(name, rank))}
-            print(json.dumps(line), file=starter.stdin, flush=True)
-        return [int(starter.stdout.readline()) for starter in self.starters]
-
-    def wait(self) -> list[int]:
-        return [int(starter.stdout.readline()) for starter in self.starters]
+        return self.starters.start(command, [self.log(name, rank) for rank in range(self.ranks)])
 
     def log(self, name: str, rank: int = 0) -> Path:
         return self.folder / f"{name}_{rank}.log"

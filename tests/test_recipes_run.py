@@ -13,15 +13,18 @@ import yaml
 
 from tests import test_benchmarks
 from tests.hub import add_dataset, add_model
-from tests.ranks import Ranks
+from tests.starters import Starters
 from tests.test_cli import ROOT
 from tests.test_plan import MODELS
 from tests.test_recipes import ROWS, dapo_row, verl_row
 
-MISMATCH = 0.1
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "recipes").glob("*.yaml")}
 PUBLISHED = {recipe: config for recipe, (config, _) in MODELS.items()}
 BENCHMARKS = {"code": ("humaneval", 1), "math": ("math500", 4)}  # that a recipe's model is evaluated on, completions
+
+# |log-prob in the trainer - in the engine| of the median token, both in bfloat16. Measured: 0.013 to 0.028, and 0.12 to
+# 0.35 if the engine keeps the weights of the phase before.
+MISMATCH = 0.06
 
 # Those of the models, but for the roles' names, and without system prompts, tools and earlier thoughts.
 R1_TEMPLATE = (
@@ -95,13 +98,13 @@ def needs(recipe: str, folder: Path) -> dict:
         },
         "model": {
             # A phase moves the weights so far that an engine without the new ones would be seen.
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}},
         },
         "data": {
             "engine": {"class_path": "VLLMEngine", "init_args": engine},
             "prompts_per_phase": 6,
             "group_size": 4,
-            "max_prompt_length": 400,
+            "max_prompt_length": 700,
             "max_completion_length": 16,
             "eval_max_completion_length": 16,
             "reward_workers": 1,
@@ -111,7 +114,7 @@ def needs(recipe: str, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def starters(tmp_path_factory):
     home = tmp_path_factory.mktemp("hub")
     models = {RECIPES[recipe]["model"]["model_name_or_path"]: config for recipe, config in PUBLISHED.items()}
     for name, published in models.items():
@@ -119,26 +122,28 @@ def ranks(tmp_path_factory):
         add_model(home, name, published, words=WORDS, chat_template=template)
     for (name, subset, split), rows in DATASETS.items():
         add_dataset(home, name, subset, split, rows)
-    ranks = Ranks(2, tmp_path_factory.mktemp("logs"), HF_HOME=str(home), HF_HUB_OFFLINE="1")
-    yield ranks
-    ranks.close()
+    starters = Starters(2, HF_HOME=str(home), HF_HUB_OFFLINE="1")
+    yield starters
+    starters.close()
 
 
 class Run:
     """A recipe's run, and what its ranks have written down."""
 
-    def __init__(self, ranks: Ranks, recipe: str, folder: Path, *overlays: str) -> None:
-        self.ranks, self.recipe, self.overlays, self.folder = ranks, recipe, overlays, folder
+    def __init__(self, starters: Starters, recipe: str, folder: Path, *overlays: str) -> None:
+        self.starters, self.recipe, self.overlays, self.folder = starters, recipe, overlays, folder
         self.says = RECIPES[recipe]
-        self.kind = recipe.partition("_")[0] if recipe.endswith("1.5b") else "math"
+        self.kind = "code" if recipe.startswith("code") else "math"
         self.path = folder / "runs" / "version_0"
         self.records = self.fit()
 
-    def command(self, subcommand: str, *args: str, overlays: tuple[str, ...] = ()) -> str:
+    def command(self, subcommand: str, *args: str, overlays: tuple[str, ...] = ()) -> None:
         path = self.folder / "needs.yaml"
         path.write_text(yaml.safe_dump(needs(self.recipe, self.folder)))
         configs = [f"configs/recipes/{self.recipe}.yaml", *self.overlays, *overlays, str(path)]
-        return self.ranks.run([subcommand, *(arg for config in configs for arg in ("--config", config)), *args])
+        logs = [self.folder / f"rank_{rank}.log" for rank in (0, 1)]
+        self.starters.start([subcommand, *(arg for config in configs for arg in ("--config", config)), *args], logs)
+        assert self.starters.wait() == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
 
     def fit(self, *args: str) -> list[dict]:
         self.command("fit", *args)
@@ -148,7 +153,7 @@ class Run:
         return text.rpartition("</think>")[2].startswith(ANSWERS[self.kind])
 
     def check_phase(self, phase: dict) -> None:
-        """Asserts that a phase was trained on as planned, from rollouts that are the policy's own."""
+        """Asserts that a phase was scored by the recipe's reward and trained on as planned, as what sampled it."""
         for group in phase["groups"]:
             assert group["scores"] == [float(self.right(text)) for text in group["texts"]]
             assert group["failed"] == 0
@@ -161,12 +166,12 @@ class Run:
         assert not any(phase["log_ratios"][: phase["accumulate"]])
         assert phase["metrics"]["policy/skipped_steps"] == 0
         assert 0.1 < phase["metrics"]["policy/grad_norm"] < math.inf
-        assert 1e-3 < phase["metrics"]["mismatch/logprob_abs_mean"] < MISMATCH
+        assert 1e-4 < phase["mismatch"] < MISMATCH
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
-def run(request, ranks, tmp_path_factory):
-    return Run(ranks, request.param, tmp_path_factory.mktemp(request.param))
+def run(request, starters, tmp_path_factory):
+    return Run(starters, request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_what_a_recipe_says_arrives(run):
@@ -240,8 +245,8 @@ def saved(run: Run) -> list[int]:
     return sorted(int(folder.stem.removeprefix("epoch_")) for folder in folders)
 
 
-def test_its_grpo_twin_differs_in_the_objective_alone(run, ranks, tmp_path):
-    twin = Run(ranks, run.recipe, tmp_path, "configs/objectives/grpo.yaml")
+def test_its_grpo_twin_differs_in_the_objective_alone(run, starters, tmp_path):
+    twin = Run(starters, run.recipe, tmp_path, "configs/objectives/grpo.yaml")
     for record, theirs in zip(twin.records, run.records, strict=True):
         assert record["objective"] == "GRPO"
         assert {k: v for k, v in record.items() if k not in ("objective", "phases")} == {
