@@ -14,6 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aspo_lightning.cli.main import main
+from aspo_lightning.cli.ranks import MAIN_PROCESS, die_with_main_process
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.objectives import Objective
 from tests.conftest import save_model, save_tokenizer
@@ -361,3 +362,18 @@ def test_without_vllm_the_error_names_the_other_engine(finished, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"vllm isn't installed.*--data\.engine TransformersEngine"):
         VLLMEngine().check()
+
+
+def test_a_rank_ends_with_the_process_that_started_it_and_with_no_other(monkeypatch):
+    """A rank that a cluster started may have the id of an earlier `aspo` in its environment."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv(MAIN_PROCESS, str(os.getpid()))  # which is there, and didn't start this one
+    die_with_main_process()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setenv(MAIN_PROCESS, str(ended.pid))
+    with pytest.raises(SystemExit):
+        die_with_main_process()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    die_with_main_process()
+    assert os.environ[MAIN_PROCESS] == str(os.getpid())

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 
@@ -16,11 +17,14 @@ def die_with_main_process() -> None:
     Lightning watches the processes that it starts, but not the first: over NCCL they would wait for it, and spin, until
     a time limit.
     """
-    main = os.environ.setdefault(MAIN_PROCESS, str(os.getpid()))
-    if main == str(os.getpid()) or os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[MAIN_PROCESS] = str(os.getpid())
         return
-    die_with_parent()
-    if main != str(os.getppid()):
+    # Of a rank that something else has started, it may be a process that has nothing to do with it.
+    main = int(os.environ.get(MAIN_PROCESS, "0"))
+    if main == os.getppid():
+        die_with_parent()
+    if main and not Path(f"/proc/{main}").exists():
         sys.exit(1)  # it ended before
 
 
