@@ -85,7 +85,7 @@ DATASETS = {
 def needs(recipe: str, folder: Path) -> dict:
     """What a CPU needs, and a test."""
     engine = {"dtype": "bfloat16", "kv_cache_gib": 0.05}  # as on a GPU; on a CPU it is float32 unless told
-    if "engine" in RECIPES[recipe]["data"]:
+    if "tensor_parallel_size" in RECIPES[recipe]["data"]["engine"]["init_args"]:
         engine["tensor_parallel_size"] = 2
     return {
         "trainer": {
