@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_counts_too(tiny_model):
 def test_after_some_such_steps_the_run_ends_with_the_batch_saved(tiny_model, tmp_path):
     module, data = ASPOModule(tiny_model, optimizer=adam(1e-2)), Phases(make_groups())
     record = RunRecord(RunFolder(tmp_path), "")
-    with pytest.raises(ConfigError, match=r"Its micro-batches are in (.*\.pt)\. The last checkpoint"):
+    with pytest.raises(ConfigError, match=r"Its micro-batches are in (.*\.pt)\. Resume from the last"):
         fit(module, data, callbacks=[Poison(0, 1), NonFiniteGuard(2), record])
     (path,) = tmp_path.glob("*.pt")
     saved = torch.load(path)
