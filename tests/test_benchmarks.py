@@ -1,7 +1,6 @@
 """Hand-written rows in the real schema of each benchmark load by the shipped configs, and are scored right."""
 
 import base64
-import inspect
 import json
 import pickle
 import zlib
@@ -12,12 +11,12 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import AutoTokenizer
 
-from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.code import parse_tests
 from aspo_lightning.rewards.code import reward as code_reward
 from aspo_lightning.rewards.math import reward as math_reward
+from aspo_lightning.rollouts.settings import RolloutSettings
 
 EVAL = Path(__file__).parent.parent / "configs" / "eval"
 PAPERS = ("math", "code", "ood")
@@ -232,7 +231,7 @@ def test_the_settings_are_the_papers():
     }
     assert CONFIGS["code"]["eval_group_size"] == {"livecodebench_v5": 8, "livecodebench_v6": 16, "humaneval": 1}
     assert {config["eval_max_completion_length"] for config in CONFIGS.values()} == {32768}
-    assert inspect.signature(RolloutDataModule).parameters["eval_temperature"].default == 0.8
+    assert RolloutSettings().eval_temperature == 0.8
     assert not any("eval_temperature" in config for config in CONFIGS.values())
 
 
