@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import AutoTokenizer
 
+from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.code import parse_tests

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import string
+from dataclasses import fields
 
 import pytest
 import reasoning_gym
@@ -21,6 +22,7 @@ from aspo_lightning.cli.report import read_result
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.results import check_folder, read_known
 from aspo_lightning.rewards import RewardItem, RewardPool
+from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, trained_from
 from aspo_lightning.run.disk import digest_path
 from aspo_lightning.tasks import Dataset, MultipleChoice
@@ -59,7 +61,7 @@ def parser():
 
 
 MODEL = {"kl_coef", "kl_estimator", "entropy_coef", "dtype", "chunk_size", "lora_rank", "lora_alpha", "temperature"}
-DATA = set(RolloutDataModule.__init__.__annotations__) - {"return", "model_name_or_path", "seed"}
+DATA = {"train", "val", "engine", "curriculum", *(f.name for f in fields(RolloutSettings))} - {"seed"}
 
 
 @cases(400)
