@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aspo_lightning.fsdp import load_sharded
 from aspo_lightning.policy import attention
 from aspo_lightning.policy.attention import Packing, packed_attention
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
@@ -201,3 +204,36 @@ def test_what_packed_attention_cannot_do_is_padded(tmp_path):
     config = Gemma2Config(vocab_size=128, head_dim=16, num_key_value_heads=1, **settings)
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     assert not ScoredCausalLM.from_pretrained(str(tmp_path)).packs
+
+
+def test_a_sharded_model_that_is_padded_keeps_its_own_attention(tmp_path):
+    """gpt-oss attends to a learned sink as well, which neither packed attention nor SDPA knows."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    lm = GptOssForCausalLM(config)
+    torch.nn.init.constant_(lm.model.layers[0].self_attn.sinks, 2.0)
+    lm.save_pretrained(tmp_path)
+    source = ScoredCausalLM.from_pretrained(str(tmp_path))
+    assert not source.packs
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        settings = {"dtype": torch.float32}
+        sharded = load_sharded(source, str(tmp_path), settings, mesh=mesh, device=torch.device("cpu"))
+        batch = MicroBatch.from_sequences(sequences([12, 7]))
+        torch.testing.assert_close(sharded(batch)[0], source(batch)[0], rtol=0, atol=1e-5)
+    finally:
+        dist.destroy_process_group()

@@ -43,8 +43,19 @@ class ScoredCausalLM(nn.Module):
         self.lm = lm
         self.chunk_size = chunk_size
         self.softcap: float | None = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+        self._own_attention = lm.config._attn_implementation
         self.packs = True
         self._check_forward()
+
+    @property
+    def packs(self) -> bool:
+        """Whether a micro-batch is one packed row, under packed attention; or padded, under the model's own."""
+        return self._packs
+
+    @packs.setter
+    def packs(self, packs: bool) -> None:
+        self._packs = packs
+        self.lm.set_attn_implementation(attention.NAME if packs else self._own_attention)
 
     @classmethod
     def from_pretrained(
@@ -125,10 +136,9 @@ class ScoredCausalLM(nn.Module):
         they are looked at in the weights' own dtype.
         """
         config = self.lm.config.get_text_config()
-        own = self.lm.config._attn_implementation
         if any(p.is_meta for p in self.lm.parameters()):
-            self.lm.set_attn_implementation(attention.NAME)
             return
+        self.packs = False  # for the model's own logits
         training = self.lm.training
         self.lm.eval()
         device = next(self.lm.parameters()).device
@@ -140,7 +150,6 @@ class ScoredCausalLM(nn.Module):
             expected = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
             # Layers that attend in chunks are only seen in longer sequences than these.
             for self.packs in (False,) if getattr(config, "attention_chunk_size", None) else (True, False):
-                self.lm.set_attn_implementation(attention.NAME if self.packs else own)
                 with suppress(NotImplementedError, TypeError):  # it can't, or takes no attention of ours
                     if torch.allclose(self.forward(batch)[0].float(), expected, rtol=0, atol=tolerance):
                         self.lm.train(training)
