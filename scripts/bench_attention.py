@@ -17,12 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.run.memory import peak_memory
 from aspo_lightning.types import MicroBatch
 
 
@@ -51,17 +51,11 @@ def long_row(tokens: int, sequences: int) -> None:
     model = ScoredCausalLM(lm)
     batch = row([tokens // sequences] * sequences, prompt=1)
     model(row([64], prompt=1))[0].sum().backward()  # imports and threads aren't what is measured
-    before = peak_mib()
+    before = peak_memory()
     start = time.perf_counter()
     model(batch)[0].sum().backward()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "mib": peak_mib() - before}))
-
-
-def peak_mib() -> float:
-    """Of this program. What getrusage tells is the peak of the process that started it, where that was higher."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    print(json.dumps({"seconds": seconds, "mib": (peak_memory() - before) / 2**20}))
 
 
 def phase(models: dict[str, ScoredCausalLM], budget: int, repeats: int) -> None:

@@ -9,7 +9,6 @@ this machine. TRL goes beside this environment: pip install --no-deps --target D
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,6 +47,8 @@ WAYS = {"plain": plain, "ours": ours, "trl": trl, "liger": liger}
 def measure(way: str, vocabulary: int, tokens: int, hidden_size: int) -> None:
     import torch
 
+    from aspo_lightning.run.memory import peak_memory
+
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, hidden_size, generator=generator).mul_(0.02).requires_grad_()  # no spike in memory
@@ -55,11 +56,11 @@ def measure(way: str, vocabulary: int, tokens: int, hidden_size: int) -> None:
     upstream = torch.randn(tokens, generator=generator)
     few = [tensor.detach()[:64].clone().requires_grad_() for tensor in (hidden, weight)]
     WAYS[way](*few, targets[:64] % 64).sum().backward()  # imports and threads are not what is measured
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     (WAYS[way](hidden, weight, targets) * upstream).sum().backward()
     seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    peak = (peak_memory() - before) / 2**20
     gradients = 4 * (hidden.numel() + weight.numel()) / 2**20
     print(json.dumps({"seconds": seconds, "mib": peak - gradients, "checksum": weight.grad.norm().item()}))
 

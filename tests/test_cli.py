@@ -145,6 +145,16 @@ def test_the_plan_knew_what_the_fit_took(finished, monkeypatch, capsys):
     assert float(planned) == pytest.approx(float(took), rel=0.2)
 
 
+def test_the_peak_of_memory_is_that_of_the_run_and_not_of_what_started_it():
+    starter = (
+        "import subprocess, sys; held = b'x' * 10**9\n"
+        "told = 'from aspo_lightning.run.memory import peak_memory; print(peak_memory())'\n"
+        "subprocess.run([sys.executable, '-c', told], check=True)"
+    )
+    told = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 0.9e9
+
+
 def test_a_checkpoint_holds_the_policy_and_not_the_reference(finished, tiny_model):
     folder, _, _ = finished
     checkpoint = torch.load(folder / "tiny/version_0/checkpoints/epoch_00001.ckpt", weights_only=False)

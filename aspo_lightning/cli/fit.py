@@ -23,11 +23,12 @@ from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResu
 from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.rollouts.settings import RolloutSettings
-from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint, peak_memory_gb
+from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_resumable, trained_steps
 from aspo_lightning.run.disk import check_writable
 from aspo_lightning.run.folder import RunFolder, RunRecord, find_checkpoint, is_run, last_run, new_run
 from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
+from aspo_lightning.run.memory import peak_memory
 
 GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
 
@@ -221,7 +222,7 @@ def fit_summary(trainer: Trainer, run: RunFolder) -> str:
         for name in report.before
         if name in report.after
     ]
-    lines += [f"peak memory    {peak_memory_gb():.1f} GB", f"run            {run.path}"]
+    lines += [f"peak memory    {peak_memory() / 1e9:.1f} GB", f"run            {run.path}"]
     resume = resume_command(run)
     for saved in trainer.checkpoint_callbacks:
         if isinstance(saved, ModelCheckpoint) and saved.best_model_path:

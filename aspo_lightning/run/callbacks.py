@@ -1,6 +1,5 @@
 """What a run shows and keeps: phase measurements, a line an epoch, checkpoints, the weights that did best."""
 
-import resource
 import time
 from collections.abc import Mapping
 
@@ -144,15 +143,6 @@ class BestCheckpoint(ModelCheckpoint):
         if self._evaluated:
             self._evaluated = False
             super().on_train_epoch_end(trainer, pl_module)
-
-
-def peak_memory_gb() -> float:
-    """The most memory that this process (trainer and engine) ever held, in 10^9 bytes.
-
-    A reward process has some 0.1 on top. What the system tells of ended children is no use: it counts the whole parent
-    for each that was forked.
-    """
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 @rank_zero_only

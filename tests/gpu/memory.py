@@ -1,10 +1,11 @@
 """A callback that writes down the most memory of the last epoch's updates. Used through `aspo fit`."""
 
-import resource
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+
+from aspo_lightning.run.memory import peak_memory
 
 
 class Peak(Callback):
@@ -22,10 +23,7 @@ class Peak(Callback):
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_epoch_end(self, trainer, pl_module):
-        if pl_module.device.type == "cuda":
-            peak = self.beside + torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = self.beside + torch.cuda.max_memory_allocated() if pl_module.device.type == "cuda" else peak_memory()
         self.folder.mkdir(exist_ok=True)
         (self.folder / f"rank_{trainer.global_rank}").write_text(str(peak))
 
