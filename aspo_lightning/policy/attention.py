@@ -49,18 +49,18 @@ class Packing:
         for length in lengths:
             starts.append(starts[-1] + length)
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        batches, tokens = [], []
+        batches = []
         while order:
             longest = lengths[order[0]]
             like = [i for i in order if lengths[i] >= _LIKE * longest]
             order = order[len(like) :]
-            batches.append(Batch.of([(starts[i], lengths[i]) for i in like], longest).to(device))
-            tokens += [t for i in like for t in range(starts[i], starts[i + 1])]
+            batches.append(Batch.of([(starts[i], lengths[i]) for i in like], longest))
+        tokens = torch.cat([batch.index.flatten()[batch.real] for batch in batches])
         return Packing(
             bounds=torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True),
             longest=max(lengths),
-            batches=tuple(batches),
-            place=torch.tensor(tokens).argsort().to(device, non_blocking=True),
+            batches=tuple(batch.to(device) for batch in batches),
+            place=tokens.argsort().to(device, non_blocking=True),
         )
 
 
