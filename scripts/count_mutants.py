@@ -45,12 +45,12 @@ def main() -> None:
         else:
             print(f"@@ {function}  ({name}: {status})", *changes(diff), sep="\n")
             status = "alive"
-        found[function.split(".")[0]][status] += 1
+        found[re.split(r"\.x[_ǁ]", name.removeprefix("aspo_lightning."))[0]][status] += 1
     found["all"] = sum(found.values(), Counter())
-    print(f"\n{'file':<12}{'mutants':>9}{'equivalent':>12}{'killed':>8}{'share':>8}")
+    print(f"\n{'file':<22}{'mutants':>9}{'equivalent':>12}{'killed':>8}{'share':>8}")
     for file, counts in found.items():
         share = counts["killed"] / max(1, counts["killed"] + counts["alive"])
-        print(f"{file:<12}{counts.total():>9}{counts['equivalent']:>12}{counts['killed']:>8}{share:>8.1%}")
+        print(f"{file:<22}{counts.total():>9}{counts['equivalent']:>12}{counts['killed']:>8}{share:>8.1%}")
     sys.exit(share < WANTED)
 
 

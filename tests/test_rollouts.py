@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import distributed as dist
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.rollouts import loop
 from aspo_lightning.rollouts.mismatch import correct_mismatch, mismatch_metrics
 from aspo_lightning.rollouts.packing import Plan, pack
-from aspo_lightning.rollouts.settings import Shaping, check_phase
+from aspo_lightning.rollouts.settings import RewardSettings, check_phase
 from aspo_lightning.rollouts.shaping import has_task_spread, shaped_reward, trained_sequences
 from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
 from tests.support.phases import build_phase
@@ -112,7 +113,7 @@ def test_a_phase_that_cannot_be_filled_is_refused():
 def test_ranks_share_a_step_and_may_be_empty():
     plan = Plan([[[[0, 2]], [[1]]], [[[3]], [[]]]], accumulate=1)
     groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])]
-    sequences = [s for g in trained_sequences(groups, "group_mean", Shaping(), 8) for s in g]
+    sequences = [s for g in trained_sequences(groups, RewardSettings(advantage="group_mean"), 8) for s in g]
     zero = pack(sequences, plan, "token_mean", 8, rank=0, world_size=2)
     one = pack(sequences, plan, "token_mean", 8, rank=1, world_size=2)
     assert zero[0].loss_weights.tolist() == pytest.approx([2 / 8] * 3)  # 3 tokens here, 5 on the other rank
@@ -148,7 +149,7 @@ def test_what_a_truncated_completion_gets():
     settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
 
     def built(rule):
-        return build_phase(groups, minus_one, **settings, shaping=Shaping(truncated=rule))
+        return build_phase(groups, minus_one, **settings, truncated=rule)
 
     # Its score: the first group has spread, the second has none.
     assert advantages(built("score")) == {
@@ -173,34 +174,35 @@ def test_what_a_truncated_completion_gets():
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0), (4, 0), (5, -0.25), (6, -0.5), (7, -0.75), (8, -1), (9, -1)])
 def test_the_overlong_penalty_falls_evenly_over_its_buffer(length, penalty):
     (rollout,) = group(0, [1.0], [length]).rollouts
-    assert shaped_reward(rollout, Shaping(overlong_buffer=4), 8) == pytest.approx(1 + penalty)
-    assert shaped_reward(rollout, Shaping(overlong_buffer=4, overlong_penalty=0.5), 8) == pytest.approx(1 + penalty / 2)
-    assert shaped_reward(rollout, Shaping(), 8) == 1
+    assert shaped_reward(rollout, RewardSettings(overlong_buffer=4), 8) == pytest.approx(1 + penalty)
+    half = RewardSettings(overlong_buffer=4, overlong_penalty=0.5)
+    assert shaped_reward(rollout, half, 8) == pytest.approx(1 + penalty / 2)
+    assert shaped_reward(rollout, RewardSettings(), 8) == 1
 
 
 def test_replies_count_for_the_overlong_penalty_as_for_the_limit():
     rollout = replace(group(0, [1.0], [8]).rollouts[0], sampled=(True, False, False, False) * 2)
-    assert shaped_reward(rollout, Shaping(overlong_buffer=4), 8) == 0
+    assert shaped_reward(rollout, RewardSettings(overlong_buffer=4), 8) == 0
 
 
 def test_kept_groups_without_task_spread_get_no_advantage_from_their_lengths():
     groups = [group(0, [0.0, 0.0], [2, 8])]
-    phase = build_phase(groups, minus_one, **SETTINGS, no_spread="keep", shaping=Shaping(overlong_buffer=4))
+    phase = build_phase(groups, minus_one, **SETTINGS, no_spread="keep", overlong_buffer=4)
     assert advantages(phase) == {2: [0.0], 8: [0.0]}
 
 
 def test_spread_is_more_than_rounding_and_knows_the_rule_of_truncation():
-    assert not has_task_spread(group(0, [0.1 + 0.2, 0.3]), Shaping())
+    assert not has_task_spread(group(0, [0.1 + 0.2, 0.3]), RewardSettings())
     solved = group(0, [1.0, 0.0])
     cut = replace(solved, rollouts=(replace(solved.rollouts[0], truncated=True), solved.rollouts[1]))
-    assert has_task_spread(cut, Shaping())
-    assert not has_task_spread(cut, Shaping(truncated="zero"))
+    assert has_task_spread(cut, RewardSettings())
+    assert not has_task_spread(cut, RewardSettings(truncated="zero"))
 
 
 def test_spread_is_judged_before_shaping():
     groups = [group(0, [1.0, 1.0], [2, 8]), group(1, [1.0, 0.0], [3, 7])]
     settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
-    phase = build_phase(groups, minus_one, **settings, shaping=Shaping(overlong_buffer=4))
+    phase = build_phase(groups, minus_one, **settings, overlong_buffer=4)
     assert advantages(phase) == {3: [pytest.approx(0.875)], 7: [pytest.approx(-0.875)]}  # of 1 and 0 - 0.75
 
 
@@ -245,7 +247,7 @@ def test_only_sampled_tokens_are_targets(masks):
 
 def test_kept_groups_without_task_spread_change_no_advantage_of_the_others():
     useful = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 0.5], [1, 3])]
-    settings = {**SETTINGS, "advantage": "batch_std", "shaping": Shaping(overlong_buffer=4)}
+    settings = {**SETTINGS, "advantage": "batch_std", "overlong_buffer": 4}
     alone = advantages(build_phase(useful, minus_one, **settings))
     kept = advantages(build_phase([*useful, group(2, [0.0, 0.0], [4, 8])], minus_one, **settings, no_spread="keep"))
     assert kept == {**alone, 4: [0.0], 8: [0.0]}
@@ -354,6 +356,20 @@ def test_what_is_known_of_a_phase():
     }
 
 
+def test_the_seconds_of_scoring_are_those_of_the_scorer_alone(monkeypatch):
+    clock = [0.0]
+    measure = loop.rollout_metrics
+
+    def takes(seconds, result):
+        clock[0] += seconds
+        return result
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loop, "rollout_metrics", lambda groups: takes(100, measure(groups)))
+    phase = build_phase([group(0, [1.0, 0.0])], lambda rows: takes(7, minus_one(rows)), **SETTINGS)
+    assert phase.metrics["time/score_s"] == 7
+
+
 @pytest.mark.parametrize(("settings", "sizes"), [({}, [2, 3]), ({"quadratic_cost": 1.0}, [1, 4])])
 def test_micro_batches_are_balanced_by_cost_within_the_budget(settings, sizes):
     groups = [group(0, [1.0, 0.0, 0.0, 0.0, 0.0], [6, 2, 1, 1, 1])]  # 9, 5, 4, 4 and 4 tokens with the prompt
@@ -380,7 +396,7 @@ def test_a_phase_takes_the_settings_of_averaging_and_mismatch():
 
 
 def test_advantages_are_computed_in_float64():
-    ((first, second),) = trained_sequences([group(0, [0.1, 0.7])], "group_mean", Shaping(), 8)
+    ((first, second),) = trained_sequences([group(0, [0.1, 0.7])], RewardSettings(advantage="group_mean"), 8)
     assert (first.advantage, second.advantage) == pytest.approx((-0.3, 0.3), rel=1e-15)
 
 

@@ -12,7 +12,7 @@ from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
 from aspo_lightning.rollouts.loop import Rollouts
 from aspo_lightning.rollouts.sampling import Sampler, sampling_seed
-from aspo_lightning.rollouts.settings import RolloutSettings, Sampling, Shaping
+from aspo_lightning.rollouts.settings import RewardSettings, RolloutSettings, Sampling
 from aspo_lightning.rollouts.shaping import has_task_spread, rollout_metrics
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
@@ -251,5 +251,5 @@ def test_a_phase_is_refilled_up_to_its_bound(rounds, max_refills, asked, kept):
     settings = RolloutSettings(prompts_per_phase=4, max_refills=max_refills, no_spread="refill")
     groups, times = Rollouts(sampler, Rounds(), [], settings).sample(epoch=0)
     assert requests == asked
-    assert sum(has_task_spread(g, Shaping()) for g in groups) == kept
+    assert sum(has_task_spread(g, RewardSettings()) for g in groups) == kept
     assert times == {"time/x_s": 1.5 * sum(1 for r in rounds if r)}

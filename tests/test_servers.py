@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -85,18 +86,25 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def servers(model):
-    started = [Server(model), Server(model, "--generation-config", "auto")]  # which is vLLM's default
+@contextmanager
+def ready(servers):
+    """Servers that are starting, when they are; none is left at the end."""
     try:
-        for server in started:
+        for server in servers:
             server.wait()
-        yield started
+        yield servers
     finally:
-        for server in started:
+        for server in servers:
             if server.process.poll() is None:
                 server.signal(signal.SIGKILL)
             server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def servers(model):
+    # The second as vLLM's default is.
+    with ready([Server(model), Server(model, "--generation-config", "auto")]) as started:
+        yield started
 
 
 def engine(*servers: Server) -> list[str]:

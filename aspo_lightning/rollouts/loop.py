@@ -102,10 +102,10 @@ class Rollouts:
         groups: list[RolloutGroup] = []
         times: dict[str, float] = {}
         for attempt in range(settings.refills + 1):
-            missing = settings.prompts_per_phase - sum(has_task_spread(g, settings.shaping) for g in groups)
+            missing = settings.prompts_per_phase - sum(has_task_spread(g, settings) for g in groups)
             if missing <= 0 or not (prompts := self.draw(epoch, attempt, missing, groups)):
                 break
-            more, seconds = self.sampler.groups(prompts, settings.sampling, epoch=epoch, description="generate")
+            more, seconds = self.sampler.groups(prompts, settings.sampling, epoch=epoch)
             groups += more
             times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
         return groups, times
@@ -129,9 +129,9 @@ class Rollouts:
         """
         settings, rank, world_size = self.settings, self.sampler.rank, self.sampler.world_size
         keep_all = settings.no_spread == "keep"
-        kept = [g for g in groups if keep_all or has_task_spread(g, settings.shaping)][: settings.prompts_per_phase]
+        kept = [g for g in groups if keep_all or has_task_spread(g, settings)][: settings.prompts_per_phase]
         limit = settings.max_completion_length
-        sequences = trained_sequences(kept, settings.advantage, settings.shaping, limit)
+        sequences = trained_sequences(kept, settings, limit)
         plan = plan_phase(
             [[len(s.prompt_ids) + len(s.rollout.completion_ids) for s in group] for group in sequences],
             optimizer_steps=settings.optimizer_steps,
@@ -142,10 +142,11 @@ class Rollouts:
         rows = pack([s for group in sequences for s in group], plan, settings.averaging, limit, rank, world_size)
         start = time.perf_counter()
         scored = self.score(scorer, rows, probe)
+        score_s = time.perf_counter() - start
         metrics = {
             **rollout_metrics(groups),
             "rollout/kept_groups": float(len(kept)),
-            "time/score_s": time.perf_counter() - start,
+            "time/score_s": score_s,
             **mismatch_metrics(scored, world_size),
         }
         corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]

@@ -11,9 +11,8 @@ from torch import distributed as dist
 
 from aspo_lightning.engines import Generator, SamplingRequest
 from aspo_lightning.engines.base import engine_errors
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import RESUME, ConfigError
 from aspo_lightning.rollouts.settings import MismatchCorrection
-from aspo_lightning.run.guards import GO_ON
 from aspo_lightning.types import MicroBatch
 
 
@@ -90,6 +89,6 @@ class Probe:
             raise ConfigError(
                 f"The engine doesn't sample from the policy's weights: on the probe its log-probs differ by "
                 f"{difference:.3g} on average (allowed: {allowed:.3g}). A sync was incomplete, or the weights are not "
-                f"finite. Nothing of this phase was trained on. {GO_ON}."
+                f"finite. Nothing of this phase was trained on. {RESUME}."
             )
         self.first = difference if self.first is None else self.first

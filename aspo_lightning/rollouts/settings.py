@@ -18,17 +18,6 @@ NoSpread = Literal["drop", "keep", "refill"]
 TruncatedRule = Literal["score", "zero", "mask"]
 
 
-class Shaping(NamedTuple):
-    """What becomes of a task reward before it turns into an advantage."""
-
-    truncated: TruncatedRule = "score"
-    """A truncated completion gets its score or zero, or is left out of the loss (but not of its group's mean)."""
-    overlong_buffer: int = 0
-    """Length in tokens of the soft overlong penalty's slope, before max_completion_length; 0 is no penalty."""
-    overlong_penalty: float = 1.0
-    """At full length."""
-
-
 class Sampling(NamedTuple):
     """How completions are drawn."""
 
@@ -56,10 +45,10 @@ class Sampling(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A part of the settings. Those that join several check each of them."""
+    """A part of the settings. What joins several checks each of them, and itself last."""
 
     def __post_init__(self) -> None:
-        for part in type(self).__mro__:
+        for part in reversed(type(self).__mro__):
             if "check" in vars(part):
                 vars(part)["check"](self)
 
@@ -134,7 +123,8 @@ class RewardSettings(Settings):
     """How completions are scored, and what becomes of a score before it turns into an advantage."""
 
     truncated: TruncatedRule = "score"
-    """A completion that ran into the length limit gets its score, zero, or is left out of the loss (mask)."""
+    """A completion that ran into the length limit gets its score, zero, or is left out of the loss (mask), but not of
+    its group's mean."""
     overlong_buffer: int = 0
     """Tokens before max_completion_length over which a penalty rises (DAPO). 0: none."""
     overlong_penalty: float = 1.0
@@ -145,10 +135,6 @@ class RewardSettings(Settings):
     """Processes that score completions, on each rank."""
     reward_timeout_s: float = 5.0
     """Wall-clock limit of one score."""
-
-    @property
-    def shaping(self) -> Shaping:
-        return Shaping(self.truncated, self.overlong_buffer, self.overlong_penalty)
 
     def check(self) -> None:
         if not 0 <= self.overlong_penalty < math.inf:

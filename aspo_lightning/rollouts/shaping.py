@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from aspo_lightning.advantages import AdvantageEstimator, group_advantages, has_spread
+from aspo_lightning.advantages import group_advantages, has_spread
 from aspo_lightning.evaluation.metrics import accuracy, repetition_rate
-from aspo_lightning.rollouts.settings import Shaping
+from aspo_lightning.rollouts.settings import RewardSettings
 from aspo_lightning.types import Rollout, RolloutGroup
 
 
@@ -21,46 +21,47 @@ class TrainedSequence(NamedTuple):
 
 
 def trained_sequences(
-    groups: Sequence[RolloutGroup], advantage: AdvantageEstimator, shaping: Shaping, max_completion_length: int
+    groups: Sequence[RolloutGroup], settings: RewardSettings, max_completion_length: int
 ) -> list[list[TrainedSequence]]:
     """The completions of each group that go into the loss, with the advantages of their shaped rewards."""
     if not groups:
         return []
-    rewards = [[shaped_reward(r, shaping, max_completion_length) for r in g.rollouts] for g in groups]
-    spread = torch.tensor([has_task_spread(g, shaping) for g in groups])
-    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), advantage, spread=spread).tolist()
+    rewards = [[shaped_reward(r, settings, max_completion_length) for r in g.rollouts] for g in groups]
+    spread = torch.tensor([has_task_spread(g, settings) for g in groups])
+    shaped = torch.tensor(rewards, dtype=torch.float64)
+    advantages = group_advantages(shaped, settings.advantage, spread=spread).tolist()
     trained = [
         [
             TrainedSequence(group.prompt.prompt_ids, rollout, value)
             for rollout, value in zip(group.rollouts, values, strict=True)
-            if not (rollout.truncated and shaping.truncated == "mask")
+            if not (rollout.truncated and settings.truncated == "mask")
         ]
         for group, values in zip(groups, advantages, strict=True)
     ]
     return [group for group in trained if group]
 
 
-def shaped_reward(rollout: Rollout, shaping: Shaping, max_completion_length: int) -> float:
+def shaped_reward(rollout: Rollout, settings: RewardSettings, max_completion_length: int) -> float:
     """The task reward plus DAPO's soft overlong penalty (arXiv 2503.14476, eq. 13).
 
     With buffer b and limit L: 0 up to L - b tokens, falling evenly to -overlong_penalty at L. Replies of an environment
     count as they do for the limit.
     """
-    reward = task_reward(rollout, shaping)
-    if not shaping.overlong_buffer:
+    reward = task_reward(rollout, settings)
+    if not settings.overlong_buffer:
         return reward
-    excess = len(rollout.completion_ids) - (max_completion_length - shaping.overlong_buffer)
-    return reward - shaping.overlong_penalty * min(1.0, max(0.0, excess / shaping.overlong_buffer))
+    excess = len(rollout.completion_ids) - (max_completion_length - settings.overlong_buffer)
+    return reward - settings.overlong_penalty * min(1.0, max(0.0, excess / settings.overlong_buffer))
 
 
-def task_reward(rollout: Rollout, shaping: Shaping) -> float:
+def task_reward(rollout: Rollout, settings: RewardSettings) -> float:
     """The score, or 0 for a truncated completion where that is the rule."""
-    return 0.0 if rollout.truncated and shaping.truncated == "zero" else rollout.reward
+    return 0.0 if rollout.truncated and settings.truncated == "zero" else rollout.reward
 
 
-def has_task_spread(group: RolloutGroup, shaping: Shaping) -> bool:
+def has_task_spread(group: RolloutGroup, settings: RewardSettings) -> bool:
     """Whether its completions differ in task reward, before the overlong penalty. Without that it tells nothing."""
-    return has_spread([task_reward(r, shaping) for r in group.rollouts])
+    return has_spread([task_reward(r, settings) for r in group.rollouts])
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

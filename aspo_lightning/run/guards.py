@@ -17,11 +17,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import RESUME, ConfigError
 from aspo_lightning.run.callbacks import measured_since
 from aspo_lightning.run.folder import run_folder
-
-GO_ON = "Resume from the last checkpoint with the command that the run printed"
 
 
 class NonFiniteGuard(Callback):
@@ -53,7 +51,7 @@ class NonFiniteGuard(Callback):
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise ConfigError(
                 f"The policy's weights aren't finite, found in step {trainer.global_step}; no checkpoint has them. "
-                f"{GO_ON}."
+                f"{RESUME}."
             )
         if not self.in_a_row:
             return
@@ -68,7 +66,7 @@ class NonFiniteGuard(Callback):
             kept = f" Its micro-batches are in {path}."
         raise ConfigError(
             f"The loss or gradient wasn't finite in {self.patience} optimizer steps in a row, up to step "
-            f"{trainer.global_step}; they were skipped.{kept} {GO_ON}, with a lower learning rate if it was too high."
+            f"{trainer.global_step}; they were skipped.{kept} {RESUME}, with a lower learning rate if it was too high."
         )
 
 
@@ -96,7 +94,7 @@ class RatioCanary(Callback):
             raise ConfigError(
                 f"The first ratios of a phase must be 1, but their mean |log ratio| in epoch {trainer.current_epoch} "
                 f"is {mean:.3g} (allowed: {tolerance:g}). The policy is trained as another one than it was scored as: "
-                f"look for a temperature, a mask or a dropout that differs. {GO_ON} when that is found."
+                f"look for a temperature, a mask or a dropout that differs. {RESUME} when that is found."
             )
 
 
@@ -152,7 +150,7 @@ class CollapseGuard(Callback):
         signs = self.signs()
         for sign, message in signs.items():
             if self.stop:
-                raise ConfigError(f"{message} {GO_ON}, or leave CollapseGuard.stop out.")
+                raise ConfigError(f"{message} {RESUME}, or leave CollapseGuard.stop out.")
             if sign not in self._told:  # and again only when it has gone and come back
                 rank_zero_warn(message)
         self._told = set(signs)

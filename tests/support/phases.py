@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from aspo_lightning.curriculum import Shuffled
 from aspo_lightning.rollouts.loop import Rollouts
-from aspo_lightning.rollouts.settings import RolloutSettings, Shaping
+from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.types import Phase
 
 
@@ -19,7 +19,6 @@ def build_phase(
     world_size=1,
     max_groups=None,
     quadratic_cost=0.0,
-    shaping=Shaping(),
     **settings,
 ) -> Phase:
     """What a rank trains on, of given groups. ``score`` gives (old, reference) log-probs of each micro-batch."""
@@ -28,7 +27,6 @@ def build_phase(
         max_prompt_length=max(1, token_budget - max_completion_length),
         max_completion_length=max_completion_length,
         token_budget=token_budget,
-        **shaping._asdict(),
         **settings,
     )
     sampler = SimpleNamespace(rank=rank, world_size=world_size)

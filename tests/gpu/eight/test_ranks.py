@@ -28,7 +28,7 @@ from tests.gpu.test_runs import config, planned
 from tests.test_cli import ASPO, ROOT, scalars, write
 from tests.test_fsdp import SHARDED, Runs, distance, relative
 from tests.test_plan import MODELS
-from tests.test_servers import Server
+from tests.test_servers import Server, ready
 
 RANKS = min(8, torch.cuda.device_count()) or 2 * TWIN
 HALF = RANKS // 2
@@ -167,15 +167,8 @@ def servers(small_model, monkeypatch):
             monkeypatch.setenv(name, value)
         found.append(Server(small_model))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    try:
-        for server in found:
-            server.wait()
-        yield found
-    finally:
-        for server in found:
-            if server.process.poll() is None:
-                server.signal(signal.SIGKILL)
-            server.process.wait()
+    with ready(found) as started:
+        yield started
 
 
 @pytest.mark.vllm
