@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Row = dict[str, Any]
+"""A row of a task: its columns by name. What they hold is the task's business and its rewards'."""
+State = dict[str, Any]
+"""What a part of a run keeps in a checkpoint, by name."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -22,7 +27,7 @@ class Prompt:
     rewards: Mapping[str, float]
     """Import paths of the functions that score a completion, ``reward(completion: str, row: dict) -> float``, and
     their weights."""
-    row: dict[str, Any]
+    row: Row
     """The task's own row, handed to the rewards."""
     level: int = 0
     """How hard it is, for a curriculum of levels."""
