@@ -122,7 +122,7 @@ def test_options_of_multiple_choice(tokenizer, tmp_path):
     gpqa = {"Question": "Which?", "Correct Answer": "yes\n", "Incorrect Answer 1": "no", "Incorrect Answer 2": "maybe"}
     columns = ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2"]
     rows = [{**gpqa, "Question": f"Which {i}?"} for i in range(30)]
-    task = MultipleChoice(write(tmp_path / "a.jsonl", *rows), columns, question="Question", chat=False)
+    task = MultipleChoice(write(tmp_path / "a.jsonl", *rows), options=columns, question="Question", chat=False)
     prompts = task.prompts(tokenizer)
     letters = [p.row["answer"] for p in prompts]
     assert set(letters) == {"A", "B", "C"}
@@ -134,17 +134,17 @@ def test_options_of_multiple_choice(tokenizer, tmp_path):
     listed = {"question": "Which?", "options": ["a", "b", "c"]}
     for answer, letter in (("B", "B"), (1, "B"), ("2", "B"), ("c", "C")):
         path = write(tmp_path / "b.jsonl", {**listed, "key": answer})
-        (prompt,) = MultipleChoice(path, "options", answer="key", chat=False).prompts(tokenizer)
+        (prompt,) = MultipleChoice(path, options="options", answer="key", chat=False).prompts(tokenizer)
         assert prompt.row["answer"] == letter
         assert "A. a\nB. b\nC. c\n" in prompt.text
     path = write(tmp_path / "c.jsonl", {**listed, "key": "D"})
     with pytest.raises(ConfigError, match=r"c.jsonl:1: 'key' is 'D', which is none of the options"):
-        MultipleChoice(path, "options", answer="key").prompts(tokenizer)
+        MultipleChoice(path, options="options", answer="key").prompts(tokenizer)
     path = write(tmp_path / "d.jsonl", {**listed, "key": -1})
     with pytest.raises(ConfigError, match=r"'key' is -1, which is none of the options"):
-        MultipleChoice(path, "options", answer="key").prompts(tokenizer)
+        MultipleChoice(path, options="options", answer="key").prompts(tokenizer)
     with pytest.raises(ConfigError, match="Give either a list of columns"):
-        MultipleChoice(path, "options")
+        MultipleChoice(path, options="options")
 
 
 def test_mixtures_go_through_their_tasks_by_weight(tokenizer, tmp_path):
@@ -232,7 +232,7 @@ def test_held_out_problems_are_known_again_whatever_is_around_them(tokenizer, tm
     assert dropped(caplog) == ["Dropped 4 of 10 prompts: their problems are held out for evaluation"]
     options = MultipleChoice(
         write(tmp_path / "c.jsonl", {"question": "Which?", "options": ["a", "b"], "answer": "A"}),
-        "options",
+        options="options",
         answer="answer",
         template="{question}\n\nEnd with the letter.",
     )

@@ -3,54 +3,53 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.types import Prompt
+from aspo_lightning.types import Prompt, Row
 
 Rewards = str | dict[str, float]
 """Import path of ``reward(completion: str, row: dict) -> float``, or several with their weights."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)  # a mixture is one without these settings
 class Task(ABC):
-    """A source of problems, each with what its reward needs.
+    """A source of problems, each with what its reward needs."""
 
-    Args:
-        reward: import path of ``reward(completion: str, row: dict) -> float``, where 1.0 is a full solution; or a
-            mapping of several to their weights, of which the first tells what is solved, and what is answered.
-        environment: import path of ``environment(turns: list[str], row: dict) -> str | None``, which answers the
-            model's turns so far, or ends the episode with None. Without one, a completion is one turn.
-        system_prompt: put before each problem. None leaves it to the chat template.
-        chat: put problems into the model's chat template, if its tokenizer has one; otherwise they are plain text
-            that the model continues.
-        thinking: switches the thinking mode of a chat template that has one (Qwen3). None leaves it to the template.
-    """
+    reward: Rewards
+    """Import path of ``reward(completion: str, row: dict) -> float``, where 1.0 is a full solution; or a mapping of
+    several to their weights, of which the first says what is solved, and what is answered."""
+    environment: str | None = None
+    """Import path of ``environment(turns: list[str], row: dict) -> str | None``, which replies to the model's turns so
+    far, or ends the episode with None. Without one, a completion is one turn."""
+    system_prompt: str | None = None
+    """Put before each problem. None leaves it to the chat template."""
+    chat: bool = True
+    """Put problems into the model's chat template, if its tokenizer has one; otherwise they are plain text that the
+    model continues."""
+    thinking: bool | None = None
+    """Switches the thinking mode of a chat template that has one (Qwen3). None leaves it to the template."""
 
     template = "{question}"
     """What the model is asked; ``{question}`` stands for the problem's text."""
+    has_levels = False
+    """Whether each row has its level."""
 
-    def __init__(
-        self,
-        reward: Rewards,
-        environment: str | None = None,
-        system_prompt: str | None = None,
-        chat: bool = True,
-        thinking: bool | None = None,
-    ) -> None:
-        self.rewards = {reward: 1.0} if isinstance(reward, str) else dict(reward)
+    def __post_init__(self) -> None:
         if not self.rewards:
             raise ConfigError("A task needs at least one reward; its mapping of rewards to weights is empty.")
-        self.environment = environment
-        self.system_prompt = system_prompt
-        self.chat = chat
-        self.has_levels = False
-        self.template_options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The weight of each reward, by its import path."""
+        return {self.reward: 1.0} if isinstance(self.reward, str) else dict(self.reward)
 
     @abstractmethod
-    def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def rows(self) -> Iterator[tuple[str, str, Row]]:
         """Yields (id, question, row); ids are unique and stable. ``row["level"]`` is its level, if the task has levels.
 
         The question is the problem's text, without the template.
@@ -98,10 +97,10 @@ class Task(ABC):
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
-        text: Any = tokenizer.apply_chat_template(
-            [*system, *messages], tokenize=False, add_generation_prompt=True, **self.template_options
+        options: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        return str(
+            tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True, **options)
         )
-        return str(text)
 
     def _reply_frame(self, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, str]:
         """What stands between a finished turn and the environment's reply, and between that and the next turn."""

@@ -4,64 +4,58 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.tasks.base import Rewards, Task
 from aspo_lightning.tasks.rows import read_rows
+from aspo_lightning.types import Row
 
 
+@dataclass
 class Dataset(Task):
     """Problems from a file or a Hugging Face dataset.
 
     Columns are named by their path: ``reward_model.ground_truth``, ``prompt.0.content``.
-
-    Args:
-        path: a .jsonl (also .jsonl.gz) or .parquet file; one on the hub, ``hf://datasets/OWNER/NAME/FILE``; a folder
-            saved by ``datasets``; or a name on the hub.
-        question: column of the problem's text. Of several, the texts are put one below the other; all but the first
-            may be missing in a row.
-        answer: column of what the reward compares with, handed to it as ``row["answer"]``; of several, a list.
-        id: column of a unique id. None: the row's number.
-        level: column of a whole number, the row's difficulty for a curriculum of levels.
-        subset: of a dataset on the hub.
-        split: of a saved dataset or one on the hub.
-        template: what the model is asked; ``{question}`` stands for the problem's text.
-        between: keeps only rows in which a column is at least the first value and less than the second; by column.
-            Dates are text, like 2025-02-01.
-        reward, environment, system_prompt, chat, thinking: see Task.
     """
 
-    def __init__(
-        self,
-        path: str,
-        question: str | list[str] = "question",
-        answer: str | list[str] = "answer",
-        id: str | None = None,
-        level: str | None = None,
-        subset: str | None = None,
-        split: str = "train",
-        template: str = "{question}",
-        between: dict[str, tuple[Any, Any]] | None = None,
-        reward: Rewards = "aspo_lightning.rewards.math.reward",
-        environment: str | None = None,
-        system_prompt: str | None = None,
-        chat: bool = True,
-        thinking: bool | None = None,
-    ) -> None:
-        super().__init__(reward, environment, system_prompt, chat, thinking)
-        if "{question}" not in template:
-            raise ConfigError(
-                f"A task's template is {template!r}; it must hold {{question}}, the place of the problem."
-            )
-        self.path, self.subset, self.split = path, subset, split
-        self.question = [question] if isinstance(question, str) else question
-        self.answer, self.id, self.level, self.template = answer, id, level, template
-        self.has_levels = level is not None
-        self.between = between or {}
+    path: str
+    """A .jsonl (also .jsonl.gz) or .parquet file; one on the hub, ``hf://datasets/OWNER/NAME/FILE``; a folder saved by
+    ``datasets``; or a name on the hub."""
+    question: str | list[str] = "question"
+    """Column of the problem's text. Of several, the texts are put one below the other; all but the first may be missing
+    in a row."""
+    answer: str | list[str] = "answer"
+    """Column of what the reward compares with, handed to it as ``row["answer"]``; of several, a list."""
+    id: str | None = None
+    """Column of a unique id. None: the row's number."""
+    level: str | None = None
+    """Column of a whole number, the row's difficulty for a curriculum of levels."""
+    subset: str | None = None
+    """Of a dataset on the hub."""
+    split: str = "train"
+    """Of a saved dataset or one on the hub."""
+    template: str = "{question}"
+    """What the model is asked; ``{question}`` stands for the problem's text."""
+    between: dict[str, tuple[Any, Any]] | None = None
+    """Keeps only rows in which a column is at least the first value and less than the second; by column. Dates are
+    text, like 2025-02-01."""
+    reward: Rewards = field(default="aspo_lightning.rewards.math.reward", kw_only=True)
 
-    def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.question:
+            raise ConfigError("Dataset.question is an empty list. Name the column of the problem's text.")
+        if "{question}" not in self.template:
+            raise ConfigError(
+                f"A task's template is {self.template!r}; it must hold {{question}}, the place of the problem."
+            )
+        self.has_levels = self.level is not None
+
+    def rows(self) -> Iterator[tuple[str, str, Row]]:
         seen: dict[str, str] = {}
         for where, number, row in read_rows(self.path, self.subset, self.split):
             if not self._inside(where, row):
@@ -72,15 +66,15 @@ class Dataset(Task):
             seen[id] = where
             yield id, question, row
         if not seen:
-            inside = "".join(f" with {key} from {low} to {high}" for key, (low, high) in self.between.items())
+            inside = "".join(f" with {key} from {low} to {high}" for key, (low, high) in (self.between or {}).items())
             raise ConfigError(f"{self.path} has no rows{inside}: an empty task. A task needs at least one row.")
 
-    def _inside(self, where: str, row: dict[str, Any]) -> bool:
-        for key, (low, high) in self.between.items():
+    def _inside(self, where: str, row: Row) -> bool:
+        for key, (low, high) in (self.between or {}).items():
             value = _column(where, row, key)
-            value = value.isoformat() if hasattr(value, "isoformat") else value
+            value = value.isoformat() if isinstance(value, (date, time)) else value
             try:
-                if not low <= value < high:
+                if not (low <= value and high > value):
                     return False
             except TypeError as error:
                 raise ConfigError(
@@ -88,7 +82,7 @@ class Dataset(Task):
                 ) from error
         return True
 
-    def problem(self, where: str, number: int, row: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    def problem(self, where: str, number: int, row: Row) -> tuple[str, str, Row]:
         """(id, text, row for the reward) of a row. Raises ConfigError, which names ``where``, if it can't be used."""
         id = f"{Path(self.path).name}/{number}" if self.id is None else str(_filled(where, row, self.id))
         question, fields = self._problem(where, row)
@@ -99,15 +93,17 @@ class Dataset(Task):
             fields["level"] = level
         return id, question, {**row, **fields}
 
-    def _problem(self, where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _problem(self, where: str, row: Row) -> tuple[str, Row]:
         """The problem's text, and what is added to its row for the reward."""
-        texts = [_filled(where, row, self.question[0])]
-        texts += [_column(where, row, key) for key in self.question[1:]]
-        for key, text in zip(self.question, texts, strict=True):
-            if text is not None and not isinstance(text, str):
+        texts = []
+        for i, key in enumerate([self.question] if isinstance(self.question, str) else self.question):
+            text = _column(where, row, key) if i else _filled(where, row, key)
+            if isinstance(text, str):
+                texts.append(text)
+            elif text is not None:
                 raise ConfigError(f"{where}: {key!r} is a {type(text).__name__}; a problem's text must be a string.")
         if isinstance(self.answer, str):
-            answer = _filled(where, row, self.answer)
+            answer: object = _filled(where, row, self.answer)
         else:
             answer = [value for key in self.answer if not _is_empty(value := _column(where, row, key))]
             if not answer:
@@ -117,60 +113,29 @@ class Dataset(Task):
         return "\n\n".join(text for text in texts if text), {"answer": answer}
 
 
+@dataclass
 class MultipleChoice(Dataset):
-    """Problems with options, shown as lettered lines; the answer is a letter.
+    """Problems with options, shown as lettered lines; the answer is a letter."""
 
-    Args:
-        options: columns of the options, the right one first (they are shuffled, the same way each time); or the
-            column of a list of options.
-        answer: with a list of options, the column of the right one's letter or index.
-        path, question, id, level, subset, split, template, between, reward, environment, system_prompt, chat,
-            thinking: see Dataset.
-    """
+    options: str | list[str] = field(kw_only=True)
+    """Columns of the options, the right one first (they are shuffled, the same way each time); or the column of a list
+    of options."""
+    answer: str | None = None  # type: ignore[assignment]  # a dataset always has one
+    """With a list of options, the column of the right one's letter or index."""
+    template: str = "{question}\n\nEnd with the letter of the right option in \\boxed{}."
+    reward: Rewards = field(default="aspo_lightning.rewards.choice.reward", kw_only=True)
 
-    def __init__(
-        self,
-        path: str,
-        options: str | list[str],
-        question: str | list[str] = "question",
-        answer: str | None = None,
-        id: str | None = None,
-        level: str | None = None,
-        subset: str | None = None,
-        split: str = "train",
-        template: str = "{question}\n\nEnd with the letter of the right option in \\boxed{}.",
-        between: dict[str, tuple[Any, Any]] | None = None,
-        reward: Rewards = "aspo_lightning.rewards.choice.reward",
-        environment: str | None = None,
-        system_prompt: str | None = None,
-        chat: bool = True,
-        thinking: bool | None = None,
-    ) -> None:
-        if isinstance(options, str) == (answer is None):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.options, str) == (self.answer is None):
             raise ConfigError(
-                f"MultipleChoice.options is {options!r} and answer is {answer!r}. Give either a list of columns, the "
-                "right one first, and no answer; or the column of all options, and that of the answer."
+                f"MultipleChoice.options is {self.options!r} and answer is {self.answer!r}. Give either a list of "
+                "columns, the right one first, and no answer; or the column of all options, and that of the answer."
             )
-        keys = options[0] if answer is None else answer
-        super().__init__(
-            path,
-            question,
-            keys,
-            id,
-            level,
-            subset,
-            split,
-            template,
-            between,
-            reward,
-            environment,
-            system_prompt,
-            chat,
-            thinking,
-        )
-        self.options = options
+        if self.answer is None:
+            self.answer = self.options[0]
 
-    def _problem(self, where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _problem(self, where: str, row: Row) -> tuple[str, Row]:
         question, fields = super()._problem(where, row)
         if isinstance(self.options, str):
             options = _filled(where, row, self.options)
@@ -189,8 +154,8 @@ class MultipleChoice(Dataset):
         return "\n".join([f"{question}\n", *lines]), {"answer": _letter(right), "options": options}
 
 
-def _column(where: str, row: Any, path: str) -> Any:
-    value = row
+def _column(where: str, row: Row, path: str) -> object:
+    value: object = row
     for part in path.split("."):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
@@ -201,14 +166,14 @@ def _column(where: str, row: Any, path: str) -> Any:
     return value
 
 
-def _filled(where: str, row: dict[str, Any], path: str) -> Any:
+def _filled(where: str, row: Row, path: str) -> object:
     value = _column(where, row, path)
     if _is_empty(value):
         raise ConfigError(f"{where}: {path!r} is empty ({value!r}).")
     return value
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, float):
@@ -216,7 +181,7 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, (list, dict)) and not value)
 
 
-def _option_index(answer: Any) -> int | None:
+def _option_index(answer: object) -> int | None:
     """Of a letter, or of a number (numbers in text count from 1, as letters do)."""
     if isinstance(answer, int):
         return answer

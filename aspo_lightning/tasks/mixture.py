@@ -3,13 +3,12 @@
 import math
 import random
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.tasks.base import Task, tell_dropped
-from aspo_lightning.types import Prompt
+from aspo_lightning.types import Prompt, Row
 
 
 class Mixture(Task):
@@ -30,7 +29,7 @@ class Mixture(Task):
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ConfigError(f"Mixture.weights.{name} is {weight}; allowed are numbers from 0 on.")
 
-    def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def rows(self) -> Iterator[tuple[str, str, Row]]:
         for name, task in self.tasks.items():
             for id, question, row in task.rows():
                 yield f"{name}/{id}", question, row

@@ -1,51 +1,42 @@
 """Procedural tasks of reasoning-gym."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.tasks.base import Rewards, Task
+from aspo_lightning.types import Row
 
 
+@dataclass
 class ReasoningGym(Task):
-    """A procedural task of reasoning-gym, scored by its own verifier.
+    """A procedural task of reasoning-gym, with its own verifier as the reward."""
 
-    Args:
-        task: its name, e.g. ``chain_sum``.
-        size: how many problems; of each level, if there are levels.
-        seed: which problems.
-        config: the task's own settings.
-        levels: settings that make problems harder, one mapping a level, on top of ``config``; for ``RisingLevels``.
-        reward: scores instead of the task's own verifier.
-        environment, system_prompt, chat, thinking: see Task.
-    """
+    task: str
+    """Its name, e.g. ``chain_sum``."""
+    size: int
+    """How many problems; of each level, if there are levels."""
+    seed: int = 0
+    """Which problems."""
+    config: Row | None = None
+    """The task's own settings."""
+    levels: list[Row] | None = None
+    """Settings that make problems harder, one mapping a level, on top of ``config``; for ``RisingLevels``."""
+    reward: Rewards = field(default="aspo_lightning.rewards.reasoning_gym.reward", kw_only=True)
 
-    def __init__(
-        self,
-        task: str,
-        size: int,
-        seed: int = 0,
-        config: dict[str, Any] | None = None,
-        levels: list[dict[str, Any]] | None = None,
-        reward: Rewards = "aspo_lightning.rewards.reasoning_gym.reward",
-        environment: str | None = None,
-        system_prompt: str | None = None,
-        chat: bool = True,
-        thinking: bool | None = None,
-    ) -> None:
-        super().__init__(reward, environment, system_prompt, chat, thinking)
-        self.task, self.size, self.seed, self.config, self.levels = task, size, seed, config or {}, levels
-        self.has_levels = levels is not None
-        if size < 1:
-            raise ConfigError(f"ReasoningGym.size is {size}: an empty task. Set it to at least 1.")
-        if levels is not None and not levels:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.has_levels = self.levels is not None
+        if self.size < 1:
+            raise ConfigError(f"ReasoningGym.size is {self.size}: an empty task. Set it to at least 1.")
+        if self.levels is not None and not self.levels:
             raise ConfigError("ReasoningGym.levels is an empty list. Give each level's settings, or leave it out.")
 
-    def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def rows(self) -> Iterator[tuple[str, str, Row]]:
         import reasoning_gym
 
         for level, settings in enumerate(self.levels or [{}]):
-            config = {**self.config, **settings}
+            config = {**(self.config or {}), **settings}
             try:
                 dataset = reasoning_gym.create_dataset(self.task, size=self.size, seed=self.seed, **config)
             except (ValueError, TypeError, AssertionError) as error:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.types import Row
 
 
-def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterator[tuple[str, int, dict[str, Any]]]:
+def read_rows(path: str, subset: str | None = None, split: str = "train") -> Iterator[tuple[str, int, Row]]:
     """Yields (where, number, row) of a .jsonl or .parquet file, a saved dataset or one on the hub; rows count from 1.
 
     Raises:
@@ -30,7 +31,7 @@ def read_rows(path: str, subset: str | None = None, split: str = "train") -> Ite
         yield where, number, row
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
@@ -45,7 +46,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
         raise ConfigError(f"{file} can't be read behind line {number}: {error}") from error
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -72,7 +73,7 @@ def _hub_file(path: str) -> Path:
         raise ConfigError(f"The file {path!r} can't be loaded from the hub: {reason}") from error
 
 
-def _hub_rows(path: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+def _hub_rows(path: str, subset: str | None, split: str) -> Iterator[tuple[int, object]]:
     import datasets
 
     try:
