@@ -37,7 +37,7 @@ class Curriculum(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
-        """Goes on from what ``state_dict`` gave."""
+        """Resumes from what ``state_dict`` gave."""
 
 
 def saved(curriculum: Curriculum) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def saved(curriculum: Curriculum) -> dict[str, Any]:
 
 
 def resume(curriculum: Curriculum, state: dict[str, Any]) -> None:
-    """Has a curriculum go on from what ``saved`` gave. It starts afresh from the state of another kind."""
+    """Has a curriculum resume from what ``saved`` gave. It starts afresh from the state of another kind."""
     name = type(curriculum).__name__
     if state.get("class") == name:
         curriculum.load_state_dict(state["state"])

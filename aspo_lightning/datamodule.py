@@ -23,7 +23,7 @@ from aspo_lightning.rollouts.loop import Policy, Rollouts, sync
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings, check_phase
-from aspo_lightning.tasks.base import Task, without_held_out, without_long
+from aspo_lightning.tasks.base import Task, training_prompts, without_long
 from aspo_lightning.types import Evaluation, Phase, Prompt
 
 EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
@@ -125,7 +125,7 @@ class RolloutDataModule(LightningDataModule):
         self.val_prompts = {name: self._prompts(task, f"data.val.{name}") for name, task in self.val_tasks.items()}
         if self.train_task:
             prompts = self._prompts(self.train_task, "data.train")
-            self.train_prompts = without_held_out(prompts, self.val_prompts.values())
+            self.train_prompts = training_prompts(prompts, self.val_prompts.values())
             settings = self.settings
             check_phase(len(self.train_prompts), settings.prompts_per_phase, settings.optimizer_steps)
             self.curriculum.check(self.train_prompts, settings.prompts_per_phase)

@@ -25,14 +25,14 @@ class Prompt:
     question: str
     """The problem itself, before any template: by it a problem is known again in another task."""
     rewards: Mapping[str, float]
-    """Import paths of the functions that score a completion, ``reward(completion: str, row: dict) -> float``, and
+    """Import paths of the functions that judge a completion, ``reward(completion: str, row: dict) -> float``, and
     their weights."""
     row: Row
     """The task's own row, handed to the rewards."""
     level: int = 0
     """How hard it is, for a curriculum of levels."""
     environment: str | None = None
-    """Import path of what answers the model's turns, see ``tasks.Task``."""
+    """Import path of what replies to the model's turns, see ``tasks.Task``."""
     before_reply: str = ""
     """Goes between a turn and the environment's reply."""
     after_reply: str = ""
@@ -57,7 +57,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rollout(Completion):
-    """A completion with its text and score."""
+    """A completion with its text and reward."""
 
     text: str
     reward: float

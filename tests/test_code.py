@@ -196,7 +196,7 @@ def test_all_of_human_eval():
             names.append((problem["task_id"], right))
     pool = RewardPool(workers=2, timeout_s=30)
     try:
-        scores = pool.score(items)
+        scores = pool.rewards(items)
     finally:
         pool.close()
     assert len(items) == 328

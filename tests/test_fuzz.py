@@ -173,7 +173,7 @@ def test_any_completion_is_scored(pool, texts):
         for text in texts
         for name, row in rows.items()
     ]
-    scores = pool.score(items)
+    scores = pool.rewards(items)
     assert len(scores) == len(items)
     assert all(0 <= score.reward <= 1 for score in scores)
 

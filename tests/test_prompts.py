@@ -14,7 +14,7 @@ from aspo_lightning.curriculum import RisingLevels
 from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.tasks import Dataset
-from aspo_lightning.tasks.base import Task, without_held_out
+from aspo_lightning.tasks.base import Task, training_prompts
 from tests.test_recipes import dapo_row, verl_row
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -57,7 +57,7 @@ def test_the_shipped_pair_doesnt_train_on_what_it_evaluates(source, benchmark, t
     (tmp_path / "train").mkdir()
     train = shipped(recipe["init_args"]["tasks"][source], tmp_path / "train", rows).prompts(tokenizer)
     held_out = shipped(evaluation[benchmark], tmp_path, [EVALUATED[benchmark]]).prompts(tokenizer)
-    assert without_held_out(train, [held_out]) == train[1:]
+    assert training_prompts(train, [held_out]) == train[1:]
 
 
 ODD = "tests.parity_reward.reward"

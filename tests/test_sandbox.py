@@ -204,7 +204,7 @@ def test_an_attack_fails(name, target, pool):
         code = code.replace(key, value)
     start = time.monotonic()
     for _ in range(2 if "next run" in name else 1):
-        (score,) = pool.score([RewardItem({CODE: 1.0}, code, row)])
+        (score,) = pool.rewards([RewardItem({CODE: 1.0}, code, row)])
         assert (score.reward, score.failed) == (0.0, False)
     assert time.monotonic() - start < 10
     assert secret.read_text() == "untouched"
@@ -215,13 +215,13 @@ def test_an_attack_fails(name, target, pool):
 def test_the_pool_works_as_fast_after_all_attacks_as_before(target, pool):
     def seconds():
         start = time.monotonic()
-        assert [s.reward for s in pool.score([HONEST] * 10)] == [1.0] * 10
+        assert [s.reward for s in pool.rewards([HONEST] * 10)] == [1.0] * 10
         return time.monotonic() - start
 
     before = min(seconds() for _ in range(3))
     port, secret, _ = target
     codes = [c.replace("PORT", str(port)).replace("SECRET", str(secret)) for _, c in list(ATTACKS.values())[:20]]
-    pool.score([RewardItem({CODE: 1.0}, code, STDIN) for code in codes])
+    pool.rewards([RewardItem({CODE: 1.0}, code, STDIN) for code in codes])
     after = min(seconds() for _ in range(3))
     assert after < 1.5 * before
     assert left_over() == set()
@@ -232,7 +232,7 @@ def test_a_killed_worker_takes_its_sandbox_along(path):
     impatient = RewardPool(workers=1, timeout_s=1.0)
     try:
         hanging = "import time\ntime.sleep(1000)"
-        (score,) = impatient.score([RewardItem({path: 1.0}, hanging, {**STDIN, "time_limit": 60})])
+        (score,) = impatient.rewards([RewardItem({path: 1.0}, hanging, {**STDIN, "time_limit": 60})])
         assert score.failed
         assert left_over() == set()
     finally:

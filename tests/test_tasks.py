@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.hub import load_config, load_tokenizer, resolve_model
 from aspo_lightning.tasks import Dataset, Mixture, MultipleChoice, ReasoningGym
-from aspo_lightning.tasks.base import without_held_out, without_long
+from aspo_lightning.tasks.base import training_prompts, without_long
 
 SUMS = {"min_terms": 2, "max_terms": 2}
 
@@ -227,7 +227,7 @@ def test_held_out_problems_are_known_again_whatever_is_around_them(tokenizer, tm
     )
     prompts = train.prompts(tokenizer)
     with caplog.at_level("INFO"):
-        left = without_held_out(prompts, [[], held_out.prompts(tokenizer)])
+        left = training_prompts(prompts, [[], held_out.prompts(tokenizer)])
     assert [p.question for p in left] == questions[2:] * 2
     assert dropped(caplog) == ["Dropped 4 of 10 prompts: their problems are held out for evaluation"]
     options = MultipleChoice(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from aspo_lightning.rewards.runner import die_with_parent
+from aspo_lightning.rewards.inside_sandbox import die_with_parent
 
 MAIN_PROCESS = "ASPO_MAIN_PROCESS"  # in the environment of the ranks that Lightning starts: the id of the first
 

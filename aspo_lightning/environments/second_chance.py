@@ -1,4 +1,4 @@
-"""A verifier's hint: a wrong number is answered once with "Too low." or "Too high."."""
+"""A verifier's hint: the reply to a wrong number is, once, "Too low." or "Too high."."""
 
 import re
 from typing import Any

@@ -4,6 +4,6 @@
 every worker process imports it.
 """
 
-from aspo_lightning.rewards.pool import Call, RewardItem, RewardPool, Score
+from aspo_lightning.rewards.pool import Call, RewardItem, RewardPool, RewardResult
 
-__all__ = ["Call", "RewardItem", "RewardPool", "Score"]
+__all__ = ["Call", "RewardItem", "RewardPool", "RewardResult"]

@@ -9,7 +9,7 @@ from aspo_lightning.rewards.thinking import answer_part
 # "the answer is (B)", "Answer: B", "**Answer: B**"
 _STATED = re.compile(r"(?i:answer(?:\s+is)?)\s*:?\s*[*_$]*\(?\s*([A-Z])\b")
 _ALONE = re.compile(r"\W*([A-Z])\W*")
-# "B", "(b)", "\text{B}", "\mathbf{(B) 5 cm}", "B. Because"; a lower-case letter with words behind it is an article.
+# "B", "(b)", "\text{B}", "\mathbf{(B) 5 cm}", "B. Because"; a lower-case letter with words after it is an article.
 _LABELLED = re.compile(r"[\s$*]*(?:\\[A-Za-z]+\s*\{\s*)*\(?\s*(?:([A-Z])(?:[).:\s}$*]|$)|([a-z])(?:[).:}$*]|\s*$))")
 
 

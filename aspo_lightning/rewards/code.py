@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from aspo_lightning.rewards.runner import decode, encode
+from aspo_lightning.rewards.inside_sandbox import decode, encode
 from aspo_lightning.rewards.sandbox import Failed, Limits, Process, check_isolation, run_script
 from aspo_lightning.rewards.thinking import answer_part
 
@@ -43,7 +43,7 @@ class CheckTest(NamedTuple):
     program: str
     function: str
     prompt: str
-    """What a completion without a definition of the function goes on from."""
+    """What a completion without a definition of the function continues."""
 
 
 Test = StdinTest | CallTest | CheckTest
@@ -194,16 +194,16 @@ def run_check(code: str, test: CheckTest, limits: Limits, isolated: bool) -> Non
     ):
         while (message := checker.receive()) != {"passed": True}:
             solution.send([test.function, message["call"]])
-            answer = solution.receive()
-            _decoded(answer)  # nothing but plain data goes to the test
-            checker.send(answer)
+            returned = solution.receive()
+            _decoded(returned)  # nothing but plain data goes to the test
+            checker.send(returned)
 
 
 def _decoded(message: Any) -> Any:
     try:
         return decode(message)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Failed("not an answer") from error
+        raise Failed("not plain data") from error
 
 
 def same_output(printed: str, expected: str) -> bool:

@@ -116,7 +116,7 @@ def _stand_together(between: str) -> bool:
     return _LINK.fullmatch(_LAYOUT.sub(" ", link)) is not None
 
 
-def _plain(answer: str) -> str:
+def _plain(text: str) -> str:
     """Without thin spaces between digits and a full stop at the end; 4.5e33 (Minerva) as a power of ten."""
-    answer = _THIN_SPACE.sub("", answer.strip().removesuffix("."))
-    return _EXPONENT.sub(r"\1 \\cdot 10^{\2}", answer)
+    text = _THIN_SPACE.sub("", text.strip().removesuffix("."))
+    return _EXPONENT.sub(r"\1 \\cdot 10^{\2}", text)

@@ -1,6 +1,6 @@
 """A pool of killable processes for reward functions and environments.
 
-What hangs or crashes is killed with all that it started, and the run goes on.
+What hangs or crashes is killed with all that it started, and the run continues.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ class Result(NamedTuple):
     failed: bool
     """The function hung, crashed or raised; the value is then None."""
     died: bool = False
-    """Its process ended before it answered."""
+    """Its process ended before the result came."""
 
 
 class RewardItem(NamedTuple):
-    """One completion to score."""
+    """One completion to judge."""
 
     rewards: Mapping[str, float]
     """Import paths of functions ``reward(completion: str, row: dict) -> float``, and their weights."""
@@ -58,8 +58,8 @@ class RewardItem(NamedTuple):
     row: dict[str, Any]
 
 
-class Score(NamedTuple):
-    """What a completion's rewards say of it."""
+class RewardResult(NamedTuple):
+    """What the rewards of a completion say of it."""
 
     reward: float
     """Their weighted sum."""
@@ -99,20 +99,24 @@ class RewardPool:
             if result.failed:
                 raise ConfigError(f"{function} can't be used: its process ended, or took too long, while importing it.")
 
-    def score(self, items: Sequence[RewardItem]) -> list[Score]:
-        """The scores of the items, in their order."""
+    def rewards(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """The rewards of the items, in their order.
+
+        Raises:
+            ConfigError: if a function can't be imported.
+        """
         calls = [Call(function, item.completion, item.row) for item in items for function in item.rewards]
         results = iter(self.run(calls))
-        scores = []
+        rewarded = []
         for item in items:
             found = [_finite(next(results)) for _ in item.rewards]
             values = [value for value in found if value is not None]
             if len(values) < len(found):
-                scores.append(Score(0.0, solved=False, failed=True))
+                rewarded.append(RewardResult(0.0, solved=False, failed=True))
             else:
                 reward = math.fsum(w * v for w, v in zip(item.rewards.values(), values, strict=True))
-                scores.append(Score(reward, solved=values[0] >= SOLVED, failed=False))
-        return scores
+                rewarded.append(RewardResult(reward, solved=values[0] >= SOLVED, failed=False))
+        return rewarded
 
     def run(self, calls: Sequence[Call], description: str = "reward") -> list[Result]:
         """The results of the calls, in their order.
@@ -157,7 +161,7 @@ class RewardPool:
             while worker.connection.poll():
                 message = json.loads(worker.connection.recv_bytes(1 << 20))
                 if message["call"] != worker.calls:
-                    raise ValueError("an answer to another call")
+                    raise ValueError("a message about another call")
                 if "unusable" in message:
                     raise ConfigError(f"{call.function} can't be used: {message['unusable']}")
                 if "started" in message:
@@ -205,7 +209,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "aspo_lightning.rewards.worker", str(theirs.fileno()), str(memory_bytes)],
+                [sys.executable, "-m", "aspo_lightning.rewards.inside_worker", str(theirs.fileno()), str(memory_bytes)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -10,7 +10,7 @@ from aspo_lightning.rewards.thinking import answer_part
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """The score that the task's verifier gives the answer, 0 to 1.
+    """What the task's verifier gives for the answer, 0 to 1.
 
     The answer is what the last <answer> tag holds; without one, all of the completion after its thinking.
 

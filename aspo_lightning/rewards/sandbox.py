@@ -2,7 +2,7 @@
 
 Bubblewrap (``bwrap``) gives such a process empty namespaces: no network, the interpreter and the system's libraries
 read-only, a private /tmp of bounded size, no environment. A seccomp filter takes away new processes, sockets, tracing
-and memory outside the address-space limit. ``runner.py`` sets the other limits from inside before the code starts.
+and memory outside the address-space limit. ``inside_sandbox.py`` sets the other limits before the code starts.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.rewards import runner
+from aspo_lightning.rewards import inside_sandbox
 
 
 class Limits(NamedTuple):
@@ -37,7 +37,7 @@ class Limits(NamedTuple):
 
 
 class Failed(Exception):
-    """The code crashed, ran into a limit or answered what nobody asked; the message says which."""
+    """The code crashed, ran into a limit or sent what makes no sense; the message says which."""
 
 
 def check_isolation() -> None:
@@ -73,7 +73,10 @@ def run_script(code: str, stdin: bytes, limits: Limits, *, isolated: bool = True
 
 
 class Process:
-    """A running sandbox. Modes of ``runner.py``: script (stdin to stdout), call and check (a line of JSON each way)."""
+    """A running sandbox.
+
+    Modes of ``inside_sandbox.py``: script (stdin to stdout), call and check (a line of JSON each way).
+    """
 
     def __init__(
         self, mode: str, code: str, limits: Limits, stdin: int = subprocess.PIPE, *, isolated: bool, calls: int = 1
@@ -141,7 +144,7 @@ class Process:
         try:
             return json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Failed("not an answer") from error
+            raise Failed("not JSON") from error
 
     def read_to_end(self) -> bytes:
         chunks = []
@@ -185,12 +188,12 @@ class Process:
 
 def _interpreter() -> list[str]:
     python = str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
-    return [python, "-I", "-S", "-B", "-X", "utf8", "-c", _runner_source()]
+    return [python, "-I", "-S", "-B", "-X", "utf8", "-c", _inside_source()]
 
 
 @cache
-def _runner_source() -> str:
-    return Path(runner.__file__).read_text(encoding="utf-8")
+def _inside_source() -> str:
+    return Path(inside_sandbox.__file__).read_text(encoding="utf-8")
 
 
 def _bwrap(limits: Limits, filter_fd: int) -> list[str]:
@@ -263,18 +266,18 @@ def _seccomp_filter() -> bytes:
     numbers: Any = _DENIED.get(platform.machine())
     if numbers is None:
         raise ConfigError(f"There is no seccomp filter for {platform.machine()}; known are {', '.join(_DENIED)}.")
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, at_least, any_bit, ret = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, fail = 0x7FFF0000, 0x80000000, 0x00050000
 
     def op(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, k)
 
-    program = [op(load, 4), op(equal, numbers["arch"], 1), op(answer, kill), op(load, 0)]
-    program += [op(at_least, 0x40000000, 0, 1), op(answer, fail | errno.EPERM)]  # the x32 interface
+    program = [op(load, 4), op(equal, numbers["arch"], 1), op(ret, kill), op(load, 0)]
+    program += [op(at_least, 0x40000000, 0, 1), op(ret, fail | errno.EPERM)]  # the x32 interface
     for number in numbers["denied"]:
-        program += [op(equal, number, 0, 1), op(answer, fail | errno.EPERM)]
-    program += [op(equal, numbers["clone3"], 0, 1), op(answer, fail | errno.ENOSYS)]
+        program += [op(equal, number, 0, 1), op(ret, fail | errno.EPERM)]
+    program += [op(equal, numbers["clone3"], 0, 1), op(ret, fail | errno.ENOSYS)]
     clone_thread = 0x00010000
     program += [op(equal, numbers["clone"], 0, 4), op(load, 16), op(any_bit, clone_thread, 1)]
-    program += [op(answer, fail | errno.EPERM), op(answer, allow), op(answer, allow)]
+    program += [op(ret, fail | errno.EPERM), op(ret, allow), op(ret, allow)]
     return b"".join(program)

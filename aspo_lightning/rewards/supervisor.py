@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from aspo_lightning.rewards.runner import die_with_parent, prctl
+from aspo_lightning.rewards.inside_sandbox import die_with_parent, prctl
 
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -203,7 +203,7 @@ class Sampler:
         for first in range(0, len(todo), step):
             part = todo[first : first + step]
             judged = [episodes[i] for i in part]
-            scores = self.pool.score([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in judged])
+            scores = self.pool.rewards([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in judged])
             answers: list[Any] = [None] * len(judged)
             if vote:
                 calls = [Call(f"{next(iter(e.prompt.rewards))}:answer", e.turns[-1], e.prompt.row) for e in judged]

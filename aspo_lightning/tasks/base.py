@@ -1,4 +1,4 @@
-"""What a task is: where prompts come from, and how they are scored."""
+"""What a task is: where prompts come from, and what their rewards are."""
 
 import re
 from abc import ABC, abstractmethod
@@ -88,7 +88,7 @@ class Task(ABC):
                     after_reply=after_reply,
                 )
             )
-        tell_dropped(len(prompts) + repeats, len(prompts), "the same as an earlier one")
+        log_dropped(len(prompts) + repeats, len(prompts), "the same as an earlier one")
         return prompts
 
     def functions(self) -> set[str]:
@@ -114,18 +114,18 @@ class Task(ABC):
         return before.removeprefix(str(tokenizer.eos_token or "")), after
 
 
-def without_held_out(prompts: Sequence[Prompt], evaluations: Iterable[Sequence[Prompt]]) -> list[Prompt]:
-    """The prompts whose problem is in none of the evaluations, whatever template or system prompt is around it."""
+def training_prompts(prompts: Sequence[Prompt], evaluations: Iterable[Sequence[Prompt]]) -> list[Prompt]:
+    """Those whose problem is in none of the evaluations, whatever template or system prompt is around it."""
     taken = {" ".join(words(p.question)) for evaluation in evaluations for p in evaluation}
     left = [p for p in prompts if " ".join(words(p.question)) not in taken]
-    tell_dropped(len(prompts), len(left), "their problems are held out for evaluation")
+    log_dropped(len(prompts), len(left), "their problems are held out for evaluation")
     return left
 
 
 def without_long(prompts: Sequence[Prompt], most: int, task: str) -> list[Prompt]:
     """The prompts of at most so many tokens. Raises ConfigError, which names the task, if there are none."""
     short = [p for p in prompts if len(p.prompt_ids) <= most]
-    tell_dropped(len(prompts), len(short), f"over {most} tokens")
+    log_dropped(len(prompts), len(short), f"over {most} tokens")
     if not short:
         lengths = [len(p.prompt_ids) for p in prompts]
         raise ConfigError(
@@ -137,8 +137,8 @@ def without_long(prompts: Sequence[Prompt], most: int, task: str) -> list[Prompt
     return short
 
 
-def tell_dropped(count: int, kept: int, why: str) -> None:
-    """Shows how many of ``count`` prompts go."""
+def log_dropped(count: int, kept: int, why: str) -> None:
+    """Logs how many of ``count`` prompts are dropped, and why."""
     if kept < count:
         rank_zero_info(f"Dropped {count - kept} of {count} prompts: {why}")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.tasks.base import Task, tell_dropped
+from aspo_lightning.tasks.base import Task, log_dropped
 from aspo_lightning.types import Prompt, Row
 
 
@@ -43,7 +43,7 @@ class Mixture(Task):
                 continue
             found = task.prompts(tokenizer)
             prompts = [p.renamed(f"{name}/{p.id}") for p in found if p.prompt_ids not in taken]
-            tell_dropped(len(found), len(prompts), f"{name} shares them with tasks before it in the mixture")
+            log_dropped(len(found), len(prompts), f"{name} shares them with tasks before it in the mixture")
             taken.update(p.prompt_ids for p in prompts)
             whole = int(weight)
             for turn in range(whole):

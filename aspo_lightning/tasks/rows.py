@@ -43,7 +43,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, object]]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}:{number} isn't JSON: {error}. Each line is an object.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{file} can't be read behind line {number}: {error}") from error
+        raise ConfigError(f"{file} can't be read after line {number}: {error}") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
@@ -58,7 +58,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, object]]:
                     number += 1
                     yield number, row
     except (ArrowException, OSError) as error:
-        raise ConfigError(f"{file} can't be read behind row {number}: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{file} can't be read after row {number}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _hub_file(path: str) -> Path:

@@ -1,7 +1,8 @@
-"""The process that runs reward functions and environments: ``python -m aspo_lightning.rewards.worker FD MEMORY_BYTES``.
+"""Runs inside a worker process of the pool, and runs reward functions and environments there.
 
-Started by ``pool.py``, below a supervisor, so that it can be killed with all it started. What it is sent is pickled
-(the pool is trusted); what it answers is JSON (it isn't).
+``python -m aspo_lightning.rewards.inside_worker FD MEMORY_BYTES``, started by ``pool.py`` below a supervisor, so that
+it can be killed with all it started. What it receives is pickled (the pool is trusted); what it sends is JSON (it
+isn't).
 """
 
 import importlib
@@ -19,7 +20,7 @@ from aspo_lightning.rewards.supervisor import supervise
 
 @cache
 def load(path: str) -> Any:
-    """The function ``module.name``; with ``:attribute`` behind it that of the function, or one that gives None."""
+    """The function ``module.name``; with ``:attribute`` after it that of the function, or one that gives None."""
     path, _, attribute = path.partition(":")
     module, _, name = path.rpartition(".")
     function = getattr(importlib.import_module(module), name)
@@ -33,9 +34,9 @@ def main(fd: int, memory_bytes: int) -> None:
     connection = Connection(fd)
     pid, number = os.getpid(), -1
 
-    def answer(**message: Any) -> None:
+    def send(**message: Any) -> None:
         if os.getpid() != pid:
-            os._exit(0)  # a copy that a function forked off: not for it to answer
+            os._exit(0)  # a copy that a function forked off: not for it to send
         connection.send_bytes(json.dumps({"call": number, **message}).encode())
 
     while True:
@@ -48,17 +49,17 @@ def main(fd: int, memory_bytes: int) -> None:
             if subject is None:  # only asked whether it can be used; it may need something of the machine
                 getattr(function, "check", lambda: None)()
         except Exception as error:
-            answer(unusable=f"{type(error).__name__}: {error}")
+            send(unusable=f"{type(error).__name__}: {error}")
             continue
         if subject is None:
-            answer(value=None)
+            send(value=None)
             continue
-        answer(started=True)  # the clock of the time limit starts here, behind the imports
+        send(started=True)  # the clock of the time limit starts here, after the imports
         try:
             value = function(subject, row)
-            answer(value=value.item() if hasattr(value, "item") else value)
+            send(value=value.item() if hasattr(value, "item") else value)
         except (Exception, SystemExit) as error:
-            answer(error=f"{type(error).__name__}: {error}"[:500])
+            send(error=f"{type(error).__name__}: {error}"[:500])
 
 
 if __name__ == "__main__":
