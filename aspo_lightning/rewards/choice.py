@@ -1,7 +1,7 @@
 """The letter of an option (scientific multiple choice)."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
 
 from aspo_lightning.rewards.math import last_boxed
 from aspo_lightning.rewards.thinking import answer_part
@@ -13,17 +13,19 @@ _ALONE = re.compile(r"\W*([A-Z])\W*")
 _LABELLED = re.compile(r"[\s$*]*(?:\\[A-Za-z]+\s*\{\s*)*\(?\s*(?:([A-Z])(?:[).:\s}$*]|$)|([a-z])(?:[).:}$*]|\s*$))")
 
 
-def reward(completion: str, row: dict[str, Any]) -> float:
-    """1.0 if the completion chooses the letter ``row["answer"]``, else 0.0. Parsing is that of ``chosen_letter``."""
-    return float(chosen_letter(completion) == str(row["answer"]).strip().upper())
+class ChoiceReward:
+    """Compares the letter that the completion chooses, see ``chosen_letter``."""
+
+    def __call__(self, completion: str, row: Mapping[str, object]) -> float:
+        """1.0 if the letter is ``row["answer"]``, else 0.0."""
+        return float(chosen_letter(completion) == str(row["answer"]).strip().upper())
+
+    def answer(self, completion: str, row: Mapping[str, object]) -> str | None:
+        """The letter. For a vote."""
+        return chosen_letter(completion)
 
 
-def answer(completion: str, row: dict[str, Any]) -> str | None:
-    """The letter that the completion chooses. For a vote."""
-    return chosen_letter(completion)
-
-
-reward.answer = answer  # type: ignore[attr-defined]
+reward = ChoiceReward()
 
 
 def chosen_letter(completion: str) -> str | None:

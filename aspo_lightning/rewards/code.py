@@ -12,6 +12,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -49,46 +50,55 @@ class CheckTest(NamedTuple):
 Test = StdinTest | CallTest | CheckTest
 
 
-def reward(completion: str, row: dict[str, Any]) -> float:
-    """1.0 if the last code block of the completion passes all tests, else 0.0.
+@dataclass(frozen=True)
+class CodeReward:
+    """Runs the last code block of the completion against tests."""
 
-    Args:
-        completion: the model's text. Without a fenced block, all of it after the thinking is taken as code.
-        row: ``answer`` holds the tests in any format that ``parse_tests`` reads; of HumanEval, the whole row does. A
-            function's name may be in ``metadata`` (LiveCodeBench). ``time_limit`` for one test is optional: seconds, or
-            CodeContests' {"seconds": ..., "nanos": ...}.
-    """
-    return _reward(completion, row, isolated=True)
+    isolated: bool
+    """Inside the sandbox; otherwise by limits alone."""
 
+    def check(self) -> None:
+        """Raises ConfigError unless code can run here as it should."""
+        if self.isolated:
+            check_isolation()
 
-reward.check = check_isolation  # type: ignore[attr-defined]
+    def __call__(self, completion: str, row: Mapping[str, object]) -> float:
+        """1.0 if the code passes all tests, else 0.0.
 
-
-def reward_without_isolation(completion: str, row: dict[str, Any]) -> float:
-    """As ``reward``, by limits alone: the code can read, write and connect as this user. Not for untrusted models."""
-    return _reward(completion, row, isolated=False)
-
-
-def _reward(completion: str, row: dict[str, Any], isolated: bool) -> float:
-    tests = list(parse_tests(row if "entry_point" in row else row["answer"], _function_name(row.get("metadata"))))
-    if not tests:
-        raise ValueError("the row has no tests")
-    limits = Limits(seconds=_seconds(row.get("time_limit")))
-    if (code := extract_code(completion)) is None:
-        return 0.0
-    calls = [t for t in tests if isinstance(t, CallTest)]
-    try:
-        for test in tests:
-            if isinstance(test, StdinTest):
-                if not same_output(run_script(code, test.input.encode(), limits, isolated=isolated), test.output):
-                    return 0.0
-            elif isinstance(test, CheckTest):
-                run_check(code, test, limits, isolated)
-        if calls and not passes_calls(code, calls, limits, isolated):
+        Args:
+            completion: the model's text. Without a fenced block, all of it after the thinking is taken as code.
+            row: ``answer`` holds the tests in any format that ``parse_tests`` reads; of HumanEval, the whole row does.
+                A function's name may be in ``metadata`` (LiveCodeBench). ``time_limit`` for one test is optional:
+                seconds, or CodeContests' {"seconds": ..., "nanos": ...}.
+        """
+        tests = list(parse_tests(row if "entry_point" in row else row["answer"], _function_name(row.get("metadata"))))
+        if not tests:
+            raise ValueError("the row has no tests")
+        limits = Limits(seconds=_seconds(row.get("time_limit")))
+        if (code := extract_code(completion)) is None:
             return 0.0
-    except Failed:
-        return 0.0
-    return 1.0
+        try:
+            return float(passes(code, tests, limits, isolated=self.isolated))
+        except Failed:
+            return 0.0
+
+
+reward = CodeReward(isolated=True)
+
+reward_without_isolation = CodeReward(isolated=False)
+"""As ``reward``, by limits alone: the code can read, write and connect as this user. Not for untrusted models."""
+
+
+def passes(code: str, tests: list[Test], limits: Limits, *, isolated: bool) -> bool:
+    """Whether the code passes all tests. Raises Failed if it crashes or runs into a limit."""
+    calls = [t for t in tests if isinstance(t, CallTest)]
+    for test in tests:
+        if isinstance(test, StdinTest):
+            if not same_output(run_script(code, test.input.encode(), limits, isolated=isolated), test.output):
+                return False
+        elif isinstance(test, CheckTest):
+            run_check(code, test, limits, isolated)
+    return not calls or passes_calls(code, calls, limits, isolated)
 
 
 def _seconds(time_limit: Any) -> float:

@@ -11,15 +11,25 @@ import os
 import pickle
 import resource
 import sys
+from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from aspo_lightning.rewards.supervisor import supervise
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """A function that may need something of the machine."""
+
+    def check(self) -> None:
+        """Raises an error if it can't be used."""
+        ...
+
+
 @cache
-def load(path: str) -> Any:
+def load(path: str) -> Callable[..., object]:
     """The function ``module.name``; with ``:attribute`` after it that of the function, or one that gives None."""
     path, _, attribute = path.partition(":")
     module, _, name = path.rpartition(".")
@@ -34,7 +44,7 @@ def main(fd: int, memory_bytes: int) -> None:
     connection = Connection(fd)
     pid, number = os.getpid(), -1
 
-    def send(**message: Any) -> None:
+    def send(**message: object) -> None:
         if os.getpid() != pid:
             os._exit(0)  # a copy that a function forked off: not for it to send
         connection.send_bytes(json.dumps({"call": number, **message}).encode())
@@ -46,12 +56,12 @@ def main(fd: int, memory_bytes: int) -> None:
             return
         try:
             function = load(path)
-            if subject is None:  # only asked whether it can be used; it may need something of the machine
-                getattr(function, "check", lambda: None)()
+            if subject is None and isinstance(function, Checked):
+                function.check()
         except Exception as error:
             send(unusable=f"{type(error).__name__}: {error}")
             continue
-        if subject is None:
+        if subject is None:  # only asked whether it can be used
             send(value=None)
             continue
         send(started=True)  # the clock of the time limit starts here, after the imports

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -22,8 +21,8 @@ _LONGEST_ANSWER = 2_000
 """Characters. A longer one is no answer, and could keep the parser busy; of unboxed text only that much is read."""
 
 
-def reward(completion: str, row: dict[str, Any]) -> float:
-    """1.0 if the completion's answer equals ``row["answer"]``, else 0.0.
+class MathReward:
+    """Compares the completion's answer with the reference.
 
     The answer is the last boxed expression after the thinking; without one, the last that math-verify finds there.
     Several boxes that stand together, as in "\\boxed{1} and \\boxed{2}", are one answer. Units, percent signs and
@@ -33,20 +32,22 @@ def reward(completion: str, row: dict[str, Any]) -> float:
     Raises:
         ValueError: for an answer of more than 2,000 characters.
     """
-    found = _parsed(completion)
-    return float(any(verify(gold, found) for text in accepted_answers(row["answer"]) for gold in _readings(text)))
+
+    def __call__(self, completion: str, row: Mapping[str, object]) -> float:
+        """1.0 if the completion's answer equals ``row["answer"]``, else 0.0."""
+        found = _parsed(completion)
+        return float(any(verify(gold, found) for text in accepted_answers(row["answer"]) for gold in _readings(text)))
+
+    def answer(self, completion: str, row: Mapping[str, object]) -> str | None:
+        """What the completion answers, as math-verify writes it: 1/2 for ``\\frac12`` too. For a vote."""
+        found = _parsed(completion)
+        return str(found[0]) if found else None
 
 
-def answer(completion: str, row: dict[str, Any]) -> str | None:
-    """What the completion answers, as math-verify writes it: 1/2 for ``\\frac12`` too. For a vote."""
-    found = _parsed(completion)
-    return str(found[0]) if found else None
+reward = MathReward()
 
 
-reward.answer = answer  # type: ignore[attr-defined]
-
-
-def _parsed(completion: str) -> list[Any]:
+def _parsed(completion: str) -> list[object]:
     """The completion's answer as math-verify holds it; nothing if there is none."""
     if (text := answer_part(completion)) is None:
         return []
@@ -61,17 +62,17 @@ def _parsed(completion: str) -> list[Any]:
     return found if same else _parse_boxed(", ".join([first, *others]))
 
 
-def _readings(reference: str) -> Iterator[list[Any]]:
+def _readings(reference: str) -> Iterator[list[object]]:
     yield _parse_boxed(_plain(reference))
     if _DECIMAL_COMMA.fullmatch(reference.strip()):
         yield parse(reference, _EXTRACTION)  # outside of LaTeX math-verify takes 1,22 for 1.22, and 1,234 for 1234
 
 
-def _parse_boxed(text: str) -> list[Any]:
+def _parse_boxed(text: str) -> list[object]:
     return parse(f"\\boxed{{{text}}}", _EXTRACTION)
 
 
-def accepted_answers(reference: Any) -> list[str]:
+def accepted_answers(reference: object) -> list[str]:
     """The texts of which one is right."""
     if isinstance(reference, str) and reference.startswith('["'):
         reference = json.loads(reference)
