@@ -6,13 +6,12 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.metrics import accuracy
-from aspo_lightning.types import Prompt, RolloutGroup
+from aspo_lightning.types import Prompt, RolloutGroup, State
 
 
 class Curriculum(ABC):
@@ -33,19 +32,19 @@ class Curriculum(ABC):
         """Takes note of a sampled phase. Returns what to log of it, by TensorBoard tag."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
+    def load_state_dict(self, state: State) -> None:  # noqa: B027 - most have no state
         """Resumes from what ``state_dict`` gave."""
 
 
-def saved(curriculum: Curriculum) -> dict[str, Any]:
+def saved(curriculum: Curriculum) -> State:
     """A curriculum's state, with whose it is."""
     return {"class": type(curriculum).__name__, "state": curriculum.state_dict()}
 
 
-def resume(curriculum: Curriculum, state: dict[str, Any]) -> None:
+def resume(curriculum: Curriculum, state: State) -> None:
     """Has a curriculum resume from what ``saved`` gave. It starts afresh from the state of another kind."""
     name = type(curriculum).__name__
     if state.get("class") == name:
@@ -117,10 +116,10 @@ class PassRate(Curriculum):
             self.rates[group.prompt.id] = now if before is None else before + self.smoothing * (now - before)
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"rates": dict(self.rates)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         self.rates = dict(state["rates"])
 
 
@@ -165,8 +164,8 @@ class RisingLevels(Curriculum):
             self.level += 1
         return {"rollout/level": float(level)}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"level": self.level}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         self.level = int(state["level"])

@@ -185,9 +185,9 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on ``device``."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
-        return MicroBatch(**{**values, **moved})
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return replace(self, row_lengths=self.row_lengths, **moved)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """A verifier's hint: the reply to a wrong number is, once, "Too low." or "Too high."."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def environment(turns: list[str], row: dict[str, Any]) -> str | None:
+def environment(turns: list[str], row: Mapping[str, object]) -> str | None:
     """The hint to the first turn, by its last number; None if that was right or the second chance is used.
 
     Args:
@@ -16,7 +16,7 @@ def environment(turns: list[str], row: dict[str, Any]) -> str | None:
     if len(turns) > 1:
         return None
     numbers = _NUMBER.findall(turns[-1])
-    right = float(row["answer"])
+    right = float(str(row["answer"]))
     if not numbers:
         hint = "That is no number."
     elif float(numbers[-1]) == right:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from aspo_lightning.rewards.inside_sandbox import decode, encode
 from aspo_lightning.rewards.sandbox import Failed, Limits, Process, check_isolation, run_script
@@ -34,8 +34,8 @@ class CallTest(NamedTuple):
     """``function(*args)`` has to return one of ``accepted``."""
 
     function: str
-    args: list[Any]
-    accepted: tuple[Any, ...]
+    args: list[object]
+    accepted: tuple[object, ...]
 
 
 class CheckTest(NamedTuple):
@@ -101,10 +101,10 @@ def passes(code: str, tests: list[Test], limits: Limits, *, isolated: bool) -> b
     return not calls or passes_calls(code, calls, limits, isolated)
 
 
-def _seconds(time_limit: Any) -> float:
+def _seconds(time_limit: object) -> float:
     if isinstance(time_limit, Mapping):
         time_limit = (time_limit.get("seconds") or 0) + (time_limit.get("nanos") or 0) / 1e9
-    return float(time_limit or Limits().seconds)
+    return float(str(time_limit or Limits().seconds))
 
 
 def extract_code(completion: str) -> str | None:
@@ -115,7 +115,7 @@ def extract_code(completion: str) -> str | None:
     return blocks[-1] if blocks else text
 
 
-def parse_tests(source: Any, function: str | None = None) -> Iterator[Test]:
+def parse_tests(source: object, function: str | None = None) -> Iterator[Test]:
     """Reads the formats in use, as objects, as the JSON text of one, or as that text packed (LiveCodeBench).
 
     - {"input": text, "output": text}: DeepCoder, LiveCodeBench, CodeForces; with ``testtype`` functional and
@@ -157,7 +157,7 @@ def parse_tests(source: Any, function: str | None = None) -> Iterator[Test]:
             yield CallTest(function, list(given), (expected, expected[0]) if wrapped else (expected,))
 
 
-def _function_name(metadata: Any) -> str | None:
+def _function_name(metadata: object) -> str | None:
     if isinstance(metadata, str):
         try:
             metadata = json.loads(metadata)
@@ -167,7 +167,7 @@ def _function_name(metadata: Any) -> str | None:
 
 
 class _OnlyText(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> NoReturn:
         raise ValueError(f"packed tests hold {module}.{name}; they may hold nothing but text")
 
 
@@ -179,7 +179,7 @@ def _unpack(source: str) -> str:
     return text
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -203,13 +203,15 @@ def run_check(code: str, test: CheckTest, limits: Limits, isolated: bool) -> Non
         Process("call", code, limits, isolated=isolated) as solution,
     ):
         while (message := checker.receive()) != {"passed": True}:
+            if not (isinstance(message, dict) and "call" in message):
+                raise ValueError("the test sent something else than a call")
             solution.send([test.function, message["call"]])
             returned = solution.receive()
             _decoded(returned)  # nothing but plain data goes to the test
             checker.send(returned)
 
 
-def _decoded(message: Any) -> Any:
+def _decoded(message: object) -> object:
     try:
         return decode(message)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -239,7 +241,7 @@ def _same_word(word: str, expected: str) -> bool:
         return False
 
 
-def same_value(value: Any, expected: Any) -> bool:
+def same_value(value: object, expected: object) -> bool:
     """Equal in Python, as for LiveCodeBench's checker: 3 is 3.0, and True is 1. A tuple is as good as a list.
 
     Beyond that, a float may differ by 1e-6, as in ``same_output``.

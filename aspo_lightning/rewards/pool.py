@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -34,15 +34,15 @@ class Call(NamedTuple):
 
     function: str
     """Its import path; ``path:name`` is an attribute of it that is a function, or without one gives None."""
-    subject: Any
+    subject: object
     """A completion's text, or what else the function judges."""
-    row: dict[str, Any]
+    row: Mapping[str, object]
 
 
 class Result(NamedTuple):
     """What became of a call."""
 
-    value: Any
+    value: object
     failed: bool
     """The function hung, crashed or raised; the value is then None."""
     died: bool = False
@@ -55,7 +55,7 @@ class RewardItem(NamedTuple):
     rewards: Mapping[str, float]
     """Import paths of functions ``reward(completion: str, row: dict) -> float``, and their weights."""
     completion: str
-    row: dict[str, Any]
+    row: Mapping[str, object]
 
 
 class RewardResult(NamedTuple):

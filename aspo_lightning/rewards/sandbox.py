@@ -20,7 +20,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rewards import inside_sandbox
@@ -117,7 +117,7 @@ class Process:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
 
-    def send(self, message: Any) -> None:
+    def send(self, message: object) -> None:
         """Writes a line of JSON to a process in mode call or check, and starts its clock again."""
         assert self._process.stdin is not None
         self._deadline = time.monotonic() + self._seconds
@@ -134,7 +134,7 @@ class Process:
                 except OSError as error:
                     raise Failed("ended early") from error
 
-    def receive(self) -> Any:
+    def receive(self) -> object:
         """The next line of JSON."""
         while b"\n" not in self._buffer:
             if not (chunk := self._read()):
@@ -234,36 +234,45 @@ class _read_only:
         os.close(self.fd)
 
 
-# What code may not ask of the kernel, by its numbers on each architecture.
+class _Numbers(NamedTuple):
+    """Of an architecture and its system calls."""
+
+    arch: int
+    clone: int
+    clone3: int
+    denied: tuple[int, ...]
+    """What code may not ask of the kernel."""
+
+
 _DENIED = {
-    "x86_64": {
-        "arch": 0xC000003E,
-        "clone": 56,
-        "clone3": 435,
+    "x86_64": _Numbers(
+        arch=0xC000003E,
+        clone=56,
+        clone3=435,
         # fork vfork ptrace | process_vm_readv/writev | socket | unshare setns mount umount2 pivot_root chroot
         # | shmget msgget semget memfd_create memfd_secret | keys | bpf perf_event_open userfaultfd | io_uring
         # | kill tkill tgkill pidfd_open pidfd_send_signal pidfd_getfd | new mount interface | open_by_handle_at
-        "denied": (
+        denied=(
             *(57, 58, 101, 310, 311, 41, 272, 308, 165, 166, 155, 161, 29, 68, 64, 319, 447, 248, 249, 250),
             *(321, 298, 323, 425, 426, 427, 62, 200, 234, 434, 424, 438, *range(428, 434), 304),
         ),
-    },
-    "aarch64": {
-        "arch": 0xC00000B7,
-        "clone": 220,
-        "clone3": 435,
-        "denied": (
+    ),
+    "aarch64": _Numbers(
+        arch=0xC00000B7,
+        clone=220,
+        clone3=435,
+        denied=(
             *(117, 270, 271, 198, 97, 268, 40, 39, 41, 51, 194, 186, 190, 279, 447, 217, 218, 219),
             *(280, 241, 282, 425, 426, 427, 129, 130, 131, 434, 424, 438, *range(428, 434), 265),
         ),
-    },
+    ),
 }
 
 
 @cache
 def _seccomp_filter() -> bytes:
     """A BPF program: the denied calls fail with EPERM, clone works for threads only, clone3 isn't known."""
-    numbers: Any = _DENIED.get(platform.machine())
+    numbers = _DENIED.get(platform.machine())
     if numbers is None:
         raise ConfigError(f"There is no seccomp filter for {platform.machine()}; known are {', '.join(_DENIED)}.")
     load, equal, at_least, any_bit, ret = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -272,12 +281,12 @@ def _seccomp_filter() -> bytes:
     def op(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, k)
 
-    program = [op(load, 4), op(equal, numbers["arch"], 1), op(ret, kill), op(load, 0)]
+    program = [op(load, 4), op(equal, numbers.arch, 1), op(ret, kill), op(load, 0)]
     program += [op(at_least, 0x40000000, 0, 1), op(ret, fail | errno.EPERM)]  # the x32 interface
-    for number in numbers["denied"]:
+    for number in numbers.denied:
         program += [op(equal, number, 0, 1), op(ret, fail | errno.EPERM)]
-    program += [op(equal, numbers["clone3"], 0, 1), op(ret, fail | errno.ENOSYS)]
+    program += [op(equal, numbers.clone3, 0, 1), op(ret, fail | errno.ENOSYS)]
     clone_thread = 0x00010000
-    program += [op(equal, numbers["clone"], 0, 4), op(load, 16), op(any_bit, clone_thread, 1)]
+    program += [op(equal, numbers.clone, 0, 4), op(load, 16), op(any_bit, clone_thread, 1)]
     program += [op(ret, fail | errno.EPERM), op(ret, allow), op(ret, allow)]
     return b"".join(program)

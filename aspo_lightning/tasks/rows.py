@@ -3,9 +3,8 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.types import Row
@@ -78,13 +77,13 @@ def _hub_rows(path: str, subset: str | None, split: str) -> Iterator[tuple[int, 
 
     try:
         if Path(path).expanduser().is_dir():
-            dataset: Any = datasets.load_from_disk(str(Path(path).expanduser()))
-            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+            saved = datasets.load_from_disk(str(Path(path).expanduser()))
+            rows: Iterable[object] = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            dataset = datasets.load_dataset(path, subset, split=split)
+            rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # of many kinds: no network, no such name, no such split, gated
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"The dataset {path!r} (subset {subset!r}, split {split!r}) can't be loaded: {reason}"
         ) from error
-    yield from enumerate(dataset, start=1)
+    yield from enumerate(rows, start=1)
