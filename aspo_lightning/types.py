@@ -1,4 +1,18 @@
-"""The data that flows through a phase. All immutable."""
+"""The data that flows through a phase, all immutable; and the words for it.
+
+row: what a task knows of a problem, its columns by name; rewards and environments are handed it.
+prompt: a problem as the model sees it, in tokens.
+completion: what the engine samples after a prompt, in one turn or, with an environment, in several.
+rollout: a completion with its reward.
+group: the rollouts of one prompt, compared with each other.
+advantage: how much better a rollout is than its group; each of its tokens has it.
+phase: all that an epoch samples, and how it is trained on: optimizer steps, each of several micro-batches.
+micro-batch: sequences packed into one row of tokens, without padding, for one forward and backward pass.
+generator log-probs: of the sampled tokens, as the engine sampled them.
+old log-probs: of the same tokens, by the trainer before the phase's first update.
+policy log-probs: by the weights in training; ``log_ratio`` is policy minus old, ``ratio`` its exponential.
+reference log-probs: by the frozen model that a KL penalty is measured from.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -117,7 +131,7 @@ class MicroBatch:
     advantages: Tensor
     """[N] float32."""
     loss_weights: Tensor
-    """[N] float32; the averaging rule, see ``batching.loss_weights``."""
+    """[N] float32; the averaging rule, see ``rollouts.packing.loss_weights``."""
     generator_logprobs: Tensor
     """[N] float32; as the engine sampled them."""
     old_logprobs: Tensor
