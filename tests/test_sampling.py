@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from aspo_lightning.curriculum import PassRate, Shuffled
-from aspo_lightning.engines.base import Generator
+from aspo_lightning.engines.base import Engine
 from aspo_lightning.evaluation.metrics import accuracy, measure
 from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
@@ -22,7 +22,7 @@ def prompt(i, length=3, **kwargs):
     return Prompt(f"p{i}", ids, f"text {i}", f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}, **kwargs)
 
 
-class Script(Generator):
+class Script(Engine):
     """Answers a request with as many sevens as its prompt has tokens; keeps what it was asked."""
 
     def __init__(self, answers=None):

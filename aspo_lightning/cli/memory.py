@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from aspo_lightning.engines import Generator, TransformersEngine, VLLMEngine
+from aspo_lightning.engines import Engine, TransformersEngine, VLLMEngine
 from aspo_lightning.fsdp import blocks
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.scorer import CHUNK_SIZE
@@ -71,7 +71,7 @@ class Run:
     """That the engine is made for: evaluations may have longer ones."""
     completions: int
     """Of a phase."""
-    engine: Generator
+    engine: Engine
     gpu_memory: float
 
     @property
@@ -262,7 +262,7 @@ def activations(model_name_or_path: str, tokens: int, compute_bytes: int) -> flo
     return sum(kept.values()) * compute_bytes / HALF
 
 
-def asleep(engine: Generator) -> float:
+def asleep(engine: Engine) -> float:
     """Bytes that vLLM keeps on a GPU while it sleeps. They count in its share."""
     return (ASLEEP_EAGER if getattr(engine, "enforce_eager", False) else ASLEEP) * GB
 

@@ -50,7 +50,7 @@ def engine_errors(*, at_start: bool = False) -> Iterator[None]:
         raise EngineError(f"The engine broke ({reason}). Nothing of this phase was trained on.") from error
 
 
-class Generator(ABC):
+class Engine(ABC):
     """Samples completions. Made cheaply from its settings; the model is loaded by ``start``."""
 
     tensor_parallel_size: int = 1

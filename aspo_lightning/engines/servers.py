@@ -17,7 +17,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from aspo_lightning.engines.access import TOKEN, headers
-from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
+from aspo_lightning.engines.base import Engine, Finished, SamplingRequest, ignore
 from aspo_lightning.engines.transfer import CHECK_S, Stream
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
@@ -27,7 +27,7 @@ CONNECTIONS = 256  # to a server at a time: as many completions as it samples by
 HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in between
 
 
-class VLLMServers(Generator):
+class VLLMServers(Engine):
     """Samples with servers started by ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
 
     Where there are several ranks, each uses its share of the servers, or shares one. What the servers are asked comes

@@ -10,13 +10,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
+from aspo_lightning.engines.base import Engine, Finished, SamplingRequest, ignore
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 
-class TransformersEngine(Generator):
+class TransformersEngine(Engine):
     """Samples with a copy of the policy in transformers.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm.auto import tqdm
 
-from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
+from aspo_lightning.engines.base import Engine, Finished, SamplingRequest, ignore
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 
-class VLLMEngine(Generator):
+class VLLMEngine(Engine):
     """Samples with vLLM.
 
     Args:

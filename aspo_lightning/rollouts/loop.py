@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from aspo_lightning.curriculum import Curriculum
-from aspo_lightning.engines.base import Generator, engine_errors
+from aspo_lightning.engines.base import Engine, engine_errors
 from aspo_lightning.rollouts.mismatch import Probe, correct_mismatch, mismatch_metrics
 from aspo_lightning.rollouts.packing import pack, plan_phase
 from aspo_lightning.rollouts.sampling import Sampler
@@ -160,7 +160,7 @@ class Rollouts:
         return [replace(row, old_logprobs=old, ref_logprobs=ref) for row, (old, ref) in zip(rows, scores, strict=True)]
 
 
-def sync(engine: Generator, policy: Policy) -> float:
+def sync(engine: Engine, policy: Policy) -> float:
     """Gives the engine the policy's weights as they are now. Returns the seconds that took.
 
     Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be told from

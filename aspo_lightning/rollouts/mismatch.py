@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from aspo_lightning.engines import Generator, SamplingRequest
+from aspo_lightning.engines import Engine, SamplingRequest
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import RESUME, ConfigError
 from aspo_lightning.rollouts.settings import MismatchCorrection
@@ -17,7 +17,7 @@ from aspo_lightning.types import MicroBatch
 
 
 def mismatch_metrics(batches: Sequence[MicroBatch], world_size: int = 1) -> dict[str, float]:
-    """|old - generator log-prob| over all response tokens of all ranks: how far engine and trainer are apart."""
+    """|old - engine log-prob| over all response tokens of all ranks: how far engine and trainer are apart."""
     difference = torch.cat([(b.old_logprobs - b.generator_logprobs).abs().double() for b in batches])
     sums = [difference.sum().item(), float(difference.numel()), difference.max().item() if len(difference) else 0.0]
     if world_size > 1:
@@ -28,7 +28,7 @@ def mismatch_metrics(batches: Sequence[MicroBatch], world_size: int = 1) -> dict
 
 
 def correct_mismatch(batch: MicroBatch, correction: MismatchCorrection, bounds: tuple[float, float]) -> MicroBatch:
-    """Weighs the advantages by c = pi_old / pi_generator, which stays the same for all updates of a phase.
+    """Weighs the advantages by c = pi_old / pi_engine, which stays the same for all updates of a phase.
 
     - ``truncate``: min(c, upper bound) (TIS, truncated importance sampling).
     - ``mask``: c inside the bounds, 0 outside (IcePop).
@@ -71,7 +71,7 @@ class Probe:
         self.factor = factor
         self.first: float | None = None
 
-    def sample(self, engine: Generator) -> MicroBatch:
+    def sample(self, engine: Engine) -> MicroBatch:
         """What the engine makes of the prompt, to be scored by the trainer."""
         with engine_errors():
             requests = [request for request in self.requests for _ in range(engine.copies)]

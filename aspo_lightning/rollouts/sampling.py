@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from aspo_lightning.engines.base import Generator, SamplingRequest, engine_errors
+from aspo_lightning.engines.base import Engine, SamplingRequest, engine_errors
 from aspo_lightning.rewards import Call, RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import Sampling
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
@@ -78,7 +78,7 @@ class Sampler:
 
     def __init__(
         self,
-        engine: Generator,
+        engine: Engine,
         pool: RewardPool,
         tokenizer: PreTrainedTokenizerBase,
         *,
