@@ -1,7 +1,7 @@
 """The protocol between a rollout phase and whatever samples for it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,31 +23,6 @@ class SamplingRequest:
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
-
-
-Finished = Callable[[int, Completion], None]
-"""Is told of a request, by its place among all, that its completion is there."""
-
-
-def ignore(index: int, completion: Completion) -> None:
-    """For those who wait for all completions."""
-
-
-@contextmanager
-def engine_errors(*, at_start: bool = False) -> Iterator[None]:
-    """Turns what an engine raises in here into EngineError.
-
-    What it raises ``at_start`` into ConfigError: it would be the same after a restart, like too little memory.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        if at_start:
-            raise ConfigError(f"The engine can't be started ({reason}).") from error
-        raise EngineError(f"The engine broke ({reason}). Nothing of this phase was trained on.") from error
 
 
 class Engine(ABC):
@@ -75,18 +50,13 @@ class Engine(ABC):
         """Loads the model, for prompts and completions of together at most ``context_length`` tokens."""
 
     @abstractmethod
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
-        """Samples one completion a request, behind a progress bar.
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+        """Samples one completion per request and yields each as soon as it is finished, in any order.
 
-        Args:
-            requests: what to sample.
-            description: of the bar.
-            finished: is told of each completion as soon as it is there.
+        Nothing starts before the first is asked for; leaving the iteration early cancels the others.
 
-        Returns:
-            The completions in the order of their requests.
+        Yields:
+            (index of the request in ``requests``, its completion)
         """
 
     @abstractmethod
@@ -100,3 +70,26 @@ class Engine(ABC):
     @abstractmethod
     def stop(self) -> None:
         """Frees what ``start`` took. May be called at any time, more than once."""
+
+
+@contextmanager
+def engine_errors(*, at_start: bool = False) -> Iterator[None]:
+    """Turns what an engine raises in here into EngineError.
+
+    What it raises ``at_start`` into ConfigError: it would be the same after a restart, like too little memory.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        if at_start:
+            raise ConfigError(f"The engine can't be started ({reason}).") from error
+        raise EngineError(f"The engine broke ({reason}). Nothing of this phase was trained on.") from error
+
+
+def generate(engine: Engine, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+    """``engine.generate``; what the engine raises becomes EngineError, what the caller raises meanwhile doesn't."""
+    with engine_errors():
+        yield from engine.generate(requests)

@@ -4,9 +4,10 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ipaddress import ip_address
+from itertools import islice
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -14,10 +15,9 @@ import httpx
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from tqdm.auto import tqdm
 
 from aspo_lightning.engines.access import TOKEN, headers
-from aspo_lightning.engines.base import Engine, Finished, SamplingRequest, ignore
+from aspo_lightning.engines.base import Engine, SamplingRequest
 from aspo_lightning.engines.transfer import CHECK_S, Stream
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
@@ -111,39 +111,37 @@ class VLLMServers(Engine):
         for answer in answers:
             answer.result()
 
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
-        return asyncio.run(self._generate(requests, description, finished))
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+        completions = self._completions(requests)
 
-    async def _generate(
-        self, requests: Sequence[SamplingRequest], description: str, finished: Finished
-    ) -> list[Completion]:
+        async def following() -> tuple[int, Completion] | None:
+            return await anext(completions, None)
+
+        # Its loop runs while the caller waits for the next. Leaving it cancels what is under way.
+        with asyncio.Runner() as runner:
+            while found := runner.run(following()):
+                yield found
+
+    async def _completions(self, requests: Sequence[SamplingRequest]) -> AsyncIterator[tuple[int, Completion]]:
         mine = self._mine()
         limits = httpx.Limits(max_connections=CONNECTIONS * len(mine))
-        with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
+        # Not through a proxy of the environment, which would see the token.
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers(), trust_env=False) as client:
 
-            async def complete(client: httpx.AsyncClient, i: int, request: SamplingRequest) -> Completion:
-                completion = await self._complete(client, mine[i % len(mine)], request)
-                finished(i, completion)
-                bar.update()
-                return completion
+            async def complete(i: int, request: SamplingRequest) -> tuple[int, Completion]:
+                return i, await self._complete(client, mine[i % len(mine)], request)
 
-            # Not through a proxy of the environment, which would see the token.
-            async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers(), trust_env=False) as client:
-                tasks = [asyncio.create_task(complete(client, i, request)) for i, request in enumerate(requests)]
-                everything: asyncio.Future[list[Completion]] = asyncio.gather(*tasks)
-                watch: asyncio.Future[Any] = asyncio.create_task(self._watch())
-                try:
-                    await asyncio.wait((everything, watch), return_when=asyncio.FIRST_COMPLETED)
-                    if watch.done():
-                        watch.result()
-                    return await everything
-                finally:
-                    for task in (*tasks, watch):
-                        task.cancel()  # the others, when one failed
+            tasks = [asyncio.create_task(complete(i, request)) for i, request in enumerate(requests)]
+            watch = asyncio.create_task(self._watch())  # never finished: it can only raise
+            try:
+                for finished in islice(asyncio.as_completed([*tasks, watch]), len(tasks)):
+                    yield await finished
+            finally:
+                for task in (*tasks, watch):
+                    task.cancel()
+                await asyncio.gather(*tasks, watch, return_exceptions=True)
 
-    async def _watch(self) -> None:
+    async def _watch(self) -> NoReturn:
         """Raises when a server doesn't answer: one that froze, or whose machine is gone, closes no connection."""
         while True:
             await asyncio.sleep(CHECK_S)

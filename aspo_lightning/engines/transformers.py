@@ -6,11 +6,10 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from aspo_lightning.engines.base import Engine, Finished, SamplingRequest, ignore
+from aspo_lightning.engines.base import Engine, SamplingRequest
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
@@ -44,19 +43,11 @@ class TransformersEngine(Engine):
         lm.to(torch.device(device))  # type: ignore[arg-type]
         self._lm = lm.eval()
 
-    @torch.no_grad()
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
-        completions: list[Completion] = []
-        with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
-            for start in range(0, len(requests), self.batch_size):
-                for completion in self._generate_batch(requests[start : start + self.batch_size]):
-                    finished(len(completions), completion)
-                    completions.append(completion)
-                    bar.update()
-        return completions
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+        for start in range(0, len(requests), self.batch_size):
+            yield from enumerate(self._generate_batch(requests[start : start + self.batch_size]), start)
 
+    @torch.no_grad()
     def _generate_batch(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
         lm = self._running()
         end = lm.generation_config.eos_token_id

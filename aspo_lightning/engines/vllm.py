@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from tqdm.auto import tqdm
 
-from aspo_lightning.engines.base import Engine, Finished, SamplingRequest, ignore
+from aspo_lightning.engines.base import Engine, SamplingRequest
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
@@ -113,13 +112,11 @@ class VLLMEngine(Engine):
                 **distributed,
             )
 
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
-        from vllm import SamplingParams, TokensPrompt
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+        from vllm import RequestOutput, SamplingParams, TokensPrompt
 
         if not requests:
-            return []
+            return
         llm = self._running()
         ids = llm.enqueue(
             [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests],
@@ -137,20 +134,16 @@ class VLLMEngine(Engine):
             use_tqdm=False,
         )
         index = {id.partition("-")[0]: i for i, id in enumerate(ids)}
-        completions: dict[int, Completion] = {}
-        with (
-            tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar,
-            Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s") as watchdog,
-        ):
-            while llm.llm_engine.has_unfinished_requests():
-                watchdog.alive()
-                for output in llm.llm_engine.step():
-                    if output.finished:
-                        i = index[output.request_id]
-                        completions[i] = _completion(cast(Any, output).outputs[0])
-                        finished(i, completions[i])
-                        bar.update()
-        return [completions[i] for i in range(len(requests))]
+        try:
+            with Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s") as watchdog:
+                while llm.llm_engine.has_unfinished_requests():
+                    with watchdog.step():
+                        outputs = llm.llm_engine.step()
+                    for output in outputs:
+                        if isinstance(output, RequestOutput) and output.finished:
+                            yield index[output.request_id], _completion(output.outputs[0])
+        finally:
+            llm.llm_engine.abort_request(ids, internal=True)  # those that aren't finished
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         from aspo_lightning.engines.worker import embeddings, forget_expert_kernels, load_in_place, pack_head

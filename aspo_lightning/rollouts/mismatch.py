@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from aspo_lightning.engines import Engine, SamplingRequest
-from aspo_lightning.engines.base import engine_errors
+from aspo_lightning.engines.base import generate
 from aspo_lightning.errors import RESUME, ConfigError
 from aspo_lightning.rollouts.settings import MismatchCorrection
 from aspo_lightning.types import MicroBatch
@@ -73,9 +73,8 @@ class Probe:
 
     def sample(self, engine: Engine) -> MicroBatch:
         """What the engine makes of the prompt, to be scored by the trainer."""
-        with engine_errors():
-            requests = [request for request in self.requests for _ in range(engine.copies)]
-            completions = engine.generate(requests, description="probe")
+        requests = [request for request in self.requests for _ in range(engine.copies)]
+        completions = [completion for _, completion in sorted(generate(engine, requests))]
         return MicroBatch.from_sequences(
             [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
             generator_logprobs=[c.generator_logprobs for c in completions],

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import distributed as dist
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from aspo_lightning.engines.base import Engine, SamplingRequest, engine_errors
+from aspo_lightning.engines.base import Engine, SamplingRequest, generate
 from aspo_lightning.rewards import Call, RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import Sampling
-from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
+from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 
 SCORED_AT_ONCE = 64
 """Completions; what is scored goes to the journal in such portions."""
@@ -162,18 +163,17 @@ class Sampler:
             for e in episodes
         ]
 
-        def finished(index: int, completion: Completion) -> None:
-            episode = episodes[index]
-            episode.ids += completion.completion_ids
-            episode.logprobs += completion.generator_logprobs
-            episode.sampled += [True] * len(completion.completion_ids)
-            episode.turns.append(_turn(self.tokenizer, requests[index].prompt_ids, completion.completion_ids))
-            episode.truncated = completion.truncated
-            episode.ended = completion.truncated or episode.prompt.environment is None
-            _keep(episode, journal)
-
-        with engine_errors():
-            self.engine.generate(requests, description=description, finished=finished)
+        with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
+            for index, completion in generate(self.engine, requests):
+                episode = episodes[index]
+                episode.ids += completion.completion_ids
+                episode.logprobs += completion.generator_logprobs
+                episode.sampled += [True] * len(completion.completion_ids)
+                episode.turns.append(_turn(self.tokenizer, requests[index].prompt_ids, completion.completion_ids))
+                episode.truncated = completion.truncated
+                episode.ended = completion.truncated or episode.prompt.environment is None
+                _keep(episode, journal)
+                bar.update()
 
     def _answer(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
         """Adds the environment's reply to each episode, or ends it."""
