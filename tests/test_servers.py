@@ -153,8 +153,9 @@ def test_leaving_early_leaves_no_request_and_no_thread(model, servers):
     served.sync_weights(load_file(f"{model}/model.safetensors").items())
     requests = [SamplingRequest((5, 6, 7), 24, seed) for seed in range(40)]
     threads = threading.active_count()
-    for index, completion in served.generate(requests):
-        break
+    completions = served.generate(requests)
+    index, completion = next(completions)
+    completions.close()
     assert threading.active_count() == threads
     served.sync_weights(load_file(f"{model}/model.safetensors").items())
     assert dict(served.generate(requests))[index] == completion

@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.types import Completion
+
+FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,27 @@ class SamplingRequest:
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What an engine takes of a GPU's memory, or of a process's on CPUs, in bytes."""
+
+    sampling: dict[str, float] = field(default_factory=dict)
+    """By part; what it holds while it samples, beyond ``asleep``."""
+    asleep: float | None = None
+    """What stays while the trainer works. None: it never sleeps, and all of ``sampling`` stays."""
+    cache_tokens: float = float("inf")
+    """Tokens that its KV cache has room for."""
+    share: float | None = None
+    """Of a GPU's memory: what it is set to take in all. None: it takes what it needs."""
+
+
+def kv_bytes(config: PreTrainedConfig, itemsize: int, split: int = 1) -> float:
+    """Bytes of the KV cache that a token takes on each of ``split`` GPUs."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * kv_heads * head * itemsize / min(split, kv_heads)
 
 
 class Engine(ABC):
@@ -40,6 +64,26 @@ class Engine(ABC):
     def copies(self) -> int:
         """Copies of the weights that a rank's requests go to, in turn."""
         return 1
+
+    def memory(
+        self,
+        config: PreTrainedConfig,
+        parameters: int,
+        *,
+        context_length: int,
+        gpu_memory: float | None,
+        share: float | None = None,
+    ) -> EngineMemory:
+        """What it will take here; by default nothing, like an engine elsewhere.
+
+        Args:
+            config: of the (text) model.
+            parameters: their number.
+            context_length: as for ``start``.
+            gpu_memory: of each GPU, in bytes; None on CPUs.
+            share: of a GPU, to look at instead of the one that is set.
+        """
+        return EngineMemory()
 
     @abstractmethod
     def check(self) -> None:

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from aspo_lightning.engines.base import Engine, SamplingRequest
+from aspo_lightning.engines.base import FULL, HALF, Engine, EngineMemory, SamplingRequest, kv_bytes
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
@@ -33,6 +33,23 @@ class TransformersEngine(Engine):
     @property
     def weights_dtype(self) -> torch.dtype | None:
         return getattr(torch, self.dtype, None)  # "auto" is none
+
+    def memory(
+        self,
+        config: PreTrainedConfig,
+        parameters: int,
+        *,
+        context_length: int,
+        gpu_memory: float | None,
+        share: float | None = None,
+    ) -> EngineMemory:
+        tokens = self.batch_size * context_length
+        parts = {
+            "engine's weights": parameters * FULL,
+            "KV cache": tokens * kv_bytes(config, FULL if gpu_memory is None else HALF),
+            "sampler": 4.0 * FULL * self.batch_size * config.vocab_size,
+        }
+        return EngineMemory(parts, cache_tokens=tokens)
 
     def check(self) -> None:
         pass

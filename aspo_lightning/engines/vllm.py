@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from transformers import PreTrainedConfig
 
-from aspo_lightning.engines.base import Engine, SamplingRequest
+from aspo_lightning.engines.base import FULL, HALF, Engine, EngineMemory, SamplingRequest, kv_bytes
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
@@ -20,6 +21,12 @@ from aspo_lightning.types import Completion
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.outputs import CompletionOutput
+
+
+# What it takes, for ``aspo plan``. By rule of thumb: bytes that stay on a GPU while it sleeps (CUDA graphs, and the
+# workspaces of kernels and sampler), with graphs and without. They count in its share.
+ASLEEP, ASLEEP_EAGER = 2.0e9, 1.0e9
+CPU_BATCHED_TOKENS = 4096  # of a prefill by the CPU build
 
 
 class VLLMEngine(Engine):
@@ -62,6 +69,35 @@ class VLLMEngine(Engine):
         if self.dtype == "auto":
             return torch.bfloat16 if torch.cuda.is_available() else torch.float32
         return getattr(torch, self.dtype)
+
+    def memory(
+        self,
+        config: PreTrainedConfig,
+        parameters: int,
+        *,
+        context_length: int,
+        gpu_memory: float | None,
+        share: float | None = None,
+    ) -> EngineMemory:
+        split = self.tensor_parallel_size
+        itemsize = FULL if gpu_memory is None else HALF
+        parts = {"engine's weights": parameters * itemsize / split}
+        if gpu_memory is None and config.tie_word_embeddings:
+            parts["engine's packed head"] = config.vocab_size * config.hidden_size * FULL
+        prefill = CPU_BATCHED_TOKENS * config.intermediate_size * 3
+        parts["sampler"] = 3 * FULL * self.max_num_seqs * config.vocab_size + prefill * itemsize
+        asleep = ASLEEP_EAGER if self.enforce_eager else ASLEEP
+        if gpu_memory is None or self.kv_cache_gib is not None:
+            share, cache = None, (self.kv_cache_gib or 1.0) * 2**30
+        else:  # vLLM takes what is left of its share
+            share = self.gpu_memory_utilization if share is None else share
+            cache = max(0.0, share * gpu_memory - asleep - sum(parts.values()))
+        return EngineMemory(
+            {**parts, "KV cache": cache},
+            asleep=None if gpu_memory is None else asleep,
+            cache_tokens=cache / kv_bytes(config, itemsize, split),
+            share=share,
+        )
 
     def check(self) -> None:
         if importlib.util.find_spec("vllm") is None:
