@@ -44,9 +44,10 @@ class EngineMemory:
 
 def kv_bytes(config: PreTrainedConfig, itemsize: int, split: int = 1) -> float:
     """Bytes of the KV cache that a token takes on each of ``split`` GPUs."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * kv_heads * head * itemsize / min(split, kv_heads)
+    head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers: int = config.num_hidden_layers
+    return 2 * layers * kv_heads * head * itemsize / min(split, kv_heads)
 
 
 class Engine(ABC):

@@ -11,6 +11,7 @@ wants all names and shapes ahead, and waits for a lost peer for good.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -150,5 +151,5 @@ def register() -> None:
     """Makes the backend ``aspo`` known to the vLLM of this process."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    if "aspo" not in WeightTransferEngineFactory._registry:  # vLLM may load its plugins twice
-        WeightTransferEngineFactory.register_engine("aspo", "aspo_lightning.engines.worker", "StreamedWeights")
+    with suppress(ValueError):  # it is already: vLLM may load its plugins twice
+        WeightTransferEngineFactory.register_engine("aspo", "aspo_lightning.engines.vllm_internals", "StreamedWeights")

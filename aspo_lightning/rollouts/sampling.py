@@ -123,12 +123,12 @@ class Sampler:
         turn = 0
         while active := [e for e in episodes if not e.ended]:
             self._sample_turn(active, sampling, epoch, turn, description, keep)
-            self._answer([e for e in active if not e.ended], sampling.max_tokens, keep)
+            self._reply([e for e in active if not e.ended], sampling.max_tokens, keep)
             turn += 1
         generated = time.perf_counter()
         if self.rank % size:
             episodes, share = [], []
-        rollouts = self._score(episodes, vote, journal)
+        rollouts = self._reward(episodes, vote, journal)
         groups = [
             RolloutGroup(prompt, tuple(rollouts[i * sampling.group_size : (i + 1) * sampling.group_size]))
             for i, prompt in enumerate(share)
@@ -175,7 +175,7 @@ class Sampler:
                 _keep(episode, journal)
                 bar.update()
 
-    def _answer(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
+    def _reply(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
         """Adds the environment's reply to each episode, or ends it."""
         calls = [Call(e.prompt.environment, list(e.turns), e.prompt.row) for e in episodes if e.prompt.environment]
         for episode, result in zip(episodes, self.pool.run(calls, "environment"), strict=True):
@@ -195,8 +195,8 @@ class Sampler:
             episode.logprobs += [0.0] * len(ids)
             episode.sampled += [False] * len(ids)
 
-    def _score(self, episodes: Sequence[_Episode], vote: bool, journal: Journal | None) -> list[Rollout]:
-        """The episodes, scored. What is judged is the last turn: an environment's replies may hold answers."""
+    def _reward(self, episodes: Sequence[_Episode], vote: bool, journal: Journal | None) -> list[Rollout]:
+        """The episodes with rewards. What is judged is the last turn: an environment's replies may hold answers."""
         known: list[dict[str, Any]] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
         todo = [i for i, record in enumerate(known) if "solved" not in record]
         step = SCORED_AT_ONCE if journal else max(1, len(todo))
