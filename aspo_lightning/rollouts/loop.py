@@ -147,7 +147,7 @@ class Rollouts:
             **rollout_metrics(groups),
             "rollout/kept_groups": float(len(kept)),
             "time/score_s": score_s,
-            **mismatch_metrics(scored, world_size),
+            **mismatch_metrics(scored),
         }
         corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
         return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics)

@@ -4,16 +4,16 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, Unpack
 
-from torch import distributed as dist
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from aspo_lightning.collectives import gather
 from aspo_lightning.engines.base import Engine, SamplingRequest, generate
 from aspo_lightning.rewards import Call, RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import Sampling
-from aspo_lightning.types import Prompt, Rollout, RolloutGroup
+from aspo_lightning.types import CompletionRecord, Known, Prompt, Rollout, RolloutGroup
 
 SCORED_AT_ONCE = 64
 """Completions; what is scored goes to the journal in such portions."""
@@ -26,13 +26,13 @@ def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int 
 
 
 class Journal(Protocol):
-    """Keeps what is done, so that a sampling that was killed goes on where it stopped."""
+    """Keeps what is done, so that a sampling that was killed resumes where it stopped."""
 
-    def get(self, prompt_id: str, sample: int) -> dict[str, Any]:
+    def get(self, prompt_id: str, sample: int) -> Known:
         """What is known of a completion."""
         ...
 
-    def add(self, prompt_id: str, sample: int, **known: Any) -> None:
+    def add(self, prompt_id: str, sample: int, **known: Unpack[Known]) -> None:
         """Keeps what has become known of it."""
         ...
 
@@ -51,12 +51,14 @@ class _Episode:
     failed: bool = False
     ended: bool = False
 
-    def record(self) -> dict[str, Any]:
-        """For the journal; log-probs aside, which only training needs."""
-        record = {"ids": self.ids, "truncated": self.truncated, "failed": self.failed}
-        return {**record, "turns": self.turns, "sampled": self.sampled} if self.prompt.environment else record
+    def record(self) -> CompletionRecord:
+        """For the journal."""
+        record = CompletionRecord(ids=self.ids, truncated=self.truncated, failed=self.failed)
+        if self.prompt.environment:
+            record["turns"], record["sampled"] = self.turns, self.sampled
+        return record
 
-    def restore(self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    def restore(self, record: CompletionRecord, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids, self.truncated, self.failed = record["ids"], record["truncated"], record["failed"]
         self.turns = record["turns"] if "turns" in record else [_turn(tokenizer, self.prompt.prompt_ids, self.ids)]
         self.sampled = record.get("sampled", [True] * len(self.ids))
@@ -134,13 +136,10 @@ class Sampler:
             for i, prompt in enumerate(share)
         ]
         times = {"time/generate_s": generated - start, "time/reward_s": time.perf_counter() - generated}
-        if self.world_size > 1:
-            shares: list[Any] = [None] * self.world_size
-            dist.all_gather_object(shares, (groups, times))
-            times = {key: max(t[key] for _, t in shares) for key in times}
-            shares = shares[::size]
-            groups = [shares[i % len(shares)][0][i // len(shares)] for i in range(len(prompts))]
-        return groups, times
+        everywhere = gather((groups, times))
+        shares = [groups for groups, _ in everywhere[::size]]
+        groups = [shares[i % len(shares)][i // len(shares)] for i in range(len(prompts))]
+        return groups, {key: max(times[key] for _, times in everywhere) for key in times}
 
     def _sample_turn(
         self,
@@ -197,17 +196,18 @@ class Sampler:
 
     def _reward(self, episodes: Sequence[_Episode], vote: bool, journal: Journal | None) -> list[Rollout]:
         """The episodes with rewards. What is judged is the last turn: an environment's replies may hold answers."""
-        known: list[dict[str, Any]] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
+        known: list[Known] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
         todo = [i for i, record in enumerate(known) if "solved" not in record]
         step = SCORED_AT_ONCE if journal else max(1, len(todo))
         for first in range(0, len(todo), step):
             part = todo[first : first + step]
             judged = [episodes[i] for i in part]
             scores = self.pool.score([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in judged])
-            answers: list[Any] = [None] * len(judged)
+            answers: list[str | None] = [None] * len(judged)
             if vote:
                 calls = [Call(f"{next(iter(e.prompt.rewards))}:answer", e.turns[-1], e.prompt.row) for e in judged]
-                answers = [result.value for result in self.pool.run(calls, "answers")]
+                values = [result.value for result in self.pool.run(calls, "answers")]
+                answers = [None if value is None else str(value) for value in values]
             for i, episode, score, answer in zip(part, judged, scores, answers, strict=True):
                 reward, solved, failed = (0.0, False, True) if episode.failed else score
                 known[i] = {"reward": reward, "solved": solved, "failed": failed, "answer": answer}
