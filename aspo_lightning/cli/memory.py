@@ -6,12 +6,13 @@ that model run its forward pass and noting what it would keep for backward.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -172,7 +173,7 @@ def in_gb(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GB for name, size in parts.items()}
 
 
-def optimizer_states(make: Callable[[Any], torch.optim.Optimizer]) -> int:
+def optimizer_states(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> int:
     """Tensors that an optimizer keeps for each parameter, as many as it makes for one."""
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = make([parameter])
@@ -185,13 +186,13 @@ class _Attention(torch.autograd.Function):
     """Stands for an attention kernel that keeps its inputs and its output, and no scores."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query).transpose(1, 2).contiguous()
         ctx.save_for_backward(query, key, value, output)
         return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Any:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> NoReturn:
         raise NotImplementedError("only planned with")
 
 
@@ -215,19 +216,15 @@ def activations(model_name_or_path: str, tokens: int, compute_bytes: int) -> flo
     """Bytes that a forward pass over ``tokens`` keeps for backward, without gradient checkpointing."""
     # bfloat16 whatever the run computes in: without memory, a mixture's grouped products know no other.
     model = meta_model(model_name_or_path, torch.bfloat16, 0)
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # so that no storage gets the address of another
+    parameters = {p.untyped_storage() for p in model.parameters()}
+    kept: set[torch.UntypedStorage] = set()
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
+        kept.add(tensor.untyped_storage())
         return tensor
 
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         ids = torch.zeros(1, tokens, dtype=torch.long)
         # With a mask nothing asks the position ids' values, which the meta device doesn't have.
         model.lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return sum(kept.values()) * compute_bytes / HALF
+    return sum(storage.nbytes() for storage in kept - parameters) * compute_bytes / HALF

@@ -101,7 +101,7 @@ class Planner:
     def __init__(self, settings: Namespace, gpu_memory: float | None) -> None:
         self.settings, self.gpu_memory = settings, gpu_memory
 
-    def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: Any) -> None:
+    def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: object) -> None:
         run = run_of(model, datamodule, self.settings, self.gpu_memory)
         check_shared_engines(run.engine, run.world_size)
         text, fits = report(run, plan_memory(run), epoch_lines(datamodule, run.world_size))
@@ -175,7 +175,7 @@ class PlanCLI(ASPOCLI):
         check_checkpoints(self.config.fit.checkpoint)
         check_strategy(self.config.fit.trainer.strategy)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
+    def instantiate_trainer(self, **kwargs: object) -> Any:
         return Planner(self.config_init.fit.trainer, self.config_init.fit.gpu_memory)
 
     def before_fit(self) -> None:

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
+from aspo_lightning.collectives import barrier, rank, world_size
 from aspo_lightning.engines.access import TOKEN, headers
 from aspo_lightning.engines.base import Engine, SamplingRequest
 from aspo_lightning.engines.transfer import CHECK_S, Stream
@@ -24,6 +24,7 @@ from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 CONNECTIONS = 256  # to a server at a time: as many completions as it samples by default, and few enough open files
+Answer = dict[str, Any]  # of a server, in JSON
 HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in between
 
 
@@ -43,7 +44,7 @@ class VLLMServers(Engine):
         self.timeout_s = timeout_s
         self._model_name = ""
         self._stream: Stream | None = None
-        self._updates: list[Future[Any]] = []
+        self._updates: list[Future[Answer]] = []
 
     def check(self) -> None:
         if not self.urls:
@@ -77,7 +78,7 @@ class VLLMServers(Engine):
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
-        world_size = 1 + sum(sizes.values())
+        members = 1 + sum(sizes.values())
         next_rank = 1
         answers = []
         for url in self.urls:
@@ -85,7 +86,7 @@ class VLLMServers(Engine):
                 "address": address,
                 "port": port,
                 "first_rank": next_rank,
-                "world_size": world_size,
+                "world_size": members,
                 "timeout_s": self.timeout_s,
             }
             # They answer when all have joined, so this one must meanwhile.
@@ -97,7 +98,7 @@ class VLLMServers(Engine):
                 address,
                 port,
                 rank=0,
-                world_size=world_size,
+                world_size=members,
                 device=device,
                 timeout_s=self.timeout_s,
                 check_servers=self._check,
@@ -153,8 +154,7 @@ class VLLMServers(Engine):
 
     def _mine(self) -> list[str]:
         """The servers that this rank asks."""
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return self.urls[rank() :: ranks] or [self.urls[rank() % len(self.urls)]]
+        return self.urls[rank() :: world_size()] or [self.urls[rank() % len(self.urls)]]
 
     async def _complete(self, client: httpx.AsyncClient, url: str, request: SamplingRequest) -> Completion:
         body = {
@@ -188,8 +188,7 @@ class VLLMServers(Engine):
         else:
             for _ in named_tensors:  # gathering a sharded tensor takes all ranks
                 pass
-        if dist.is_initialized():
-            dist.barrier()  # no rank samples before all servers have all weights
+        barrier()  # no rank samples before all servers have all weights
 
     def _send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         stream = self._stream
@@ -232,13 +231,13 @@ class VLLMServers(Engine):
         for url in self.urls:
             self._ask(url, "GET", "/health", timeout=HEALTH_TIMEOUT_S)
 
-    def _ask_all(self, path: str, otherwise: str | None = None) -> list[Any]:
+    def _ask_all(self, path: str, otherwise: str | None = None) -> list[Answer]:
         with ThreadPoolExecutor(len(self.urls)) as pool:
             return list(pool.map(lambda url: self._ask(url, "POST", path, otherwise=otherwise), self.urls))
 
-    def _ask_meanwhile(self, url: str, path: str, **body: Any) -> Future[Any]:
+    def _ask_meanwhile(self, url: str, path: str, **body: object) -> Future[Answer]:
         """What a server will answer. One that never does keeps nobody waiting, nor the process from ending."""
-        answer: Future[Any] = Future()
+        answer: Future[Answer] = Future()
 
         def ask() -> None:
             try:
@@ -257,17 +256,17 @@ class VLLMServers(Engine):
         *,
         timeout: float | None = None,
         otherwise: str | None = None,
-        **body: Any,
-    ) -> Any:
+        json: Mapping[str, object] | None = None,
+    ) -> Answer:
         """What a server answers. Where it refuses, ``otherwise`` is asked for, and then once more."""
         try:
             response = httpx.request(
-                method, url + path, timeout=timeout or self.timeout_s, headers=headers(), trust_env=False, **body
+                method, url + path, timeout=timeout or self.timeout_s, headers=headers(), trust_env=False, json=json
             )
         except httpx.TransportError as error:
             raise lost(url, error) from error
         if response.status_code == httpx.codes.OK:
-            return response.json() if response.content else None
+            return Answer(response.json()) if response.content else {}
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             raise lost(url, "its engine is dead")
         if otherwise and response.status_code != httpx.codes.UNAUTHORIZED:
@@ -277,10 +276,6 @@ class VLLMServers(Engine):
 
     def stop(self) -> None:
         self._stream = None
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def seen_by(url: str, timeout_s: float) -> str:

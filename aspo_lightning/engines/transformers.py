@@ -56,8 +56,7 @@ class TransformersEngine(Engine):
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=self.dtype)
-        lm.to(torch.device(device))  # type: ignore[arg-type]
+        lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=self.dtype, device_map=device)
         self._lm = lm.eval()
 
     def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import PreTrainedConfig
 
+from aspo_lightning.collectives import world_size
 from aspo_lightning.engines.base import FULL, HALF, Engine, EngineMemory, SamplingRequest, kv_bytes
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
@@ -120,7 +121,7 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         on_cpu = not torch.cuda.is_available()
-        among_ranks = dist.is_initialized() and dist.get_world_size() > 1
+        among_ranks = world_size() > 1
         if among_ranks and on_cpu:
             from aspo_lightning.engines.vllm_internals import without_shared_memory
 
