@@ -29,7 +29,7 @@ HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in bet
 
 
 class VLLMServers(Engine):
-    """Samples with servers started by ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
+    """Samples with servers started with ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
 
     Where there are several ranks, each uses its share of the servers, or shares one. What the servers are asked comes
     with the token that they were started with, from the environment variable VLLM_API_KEY.
@@ -324,5 +324,5 @@ def lost(url: str, reason: Exception | str) -> ConfigError:
     why = str(reason) or type(reason).__name__
     return ConfigError(
         f"The vLLM server at {url} doesn't answer ({why}). Nothing of the phase in the making is trained on. Start "
-        "the server again by scripts/serve.sh and resume with the command that the run printed."
+        "the server again with scripts/serve.sh and resume with the command that the run printed."
     )

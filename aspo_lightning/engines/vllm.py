@@ -111,7 +111,7 @@ class VLLMEngine(Engine):
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
                 "data.engine is VLLMEngine, but vllm isn't installed. Install it with scripts/install.sh (which picks "
-                "the CPU or the GPU build), or sample without it by --data.engine TransformersEngine."
+                "the CPU or the GPU build), or sample without it with --data.engine TransformersEngine."
             )
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:

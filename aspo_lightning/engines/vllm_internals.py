@@ -6,9 +6,9 @@ in the vLLM that is installed: ``tests/test_private_names.py``.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from vllm import LLM, RequestOutput
 from vllm.config import set_current_vllm_config
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.weight_transfer.base import (
@@ -21,8 +21,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
+from vllm.outputs import RequestOutput
 
 from aspo_lightning.engines.transfer import Stream
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 # A reload makes each layer anew before it copies it over the old one. For the largest two that would be felt, so they
 # stay where they are, for ``load_in_place``.
@@ -138,17 +142,17 @@ def places(ids: Sequence[str]) -> dict[str, int]:
     return {id.partition("-")[0]: place for place, id in enumerate(ids)}
 
 
-def running(llm: LLM) -> bool:
+def running(llm: "LLM") -> bool:
     """Whether a request isn't finished yet."""
     return llm.llm_engine.has_unfinished_requests()
 
 
-def step(llm: LLM) -> list[RequestOutput]:
+def step(llm: "LLM") -> list[RequestOutput]:
     """Samples a token of each request that runs. Returns the requests that it finishes."""
     outputs = llm.llm_engine.step()
     return [output for output in outputs if isinstance(output, RequestOutput) and output.finished]
 
 
-def cancel(llm: LLM, ids: Sequence[str]) -> None:
+def cancel(llm: "LLM", ids: Sequence[str]) -> None:
     """Ends those requests that aren't finished yet, by the ids that ``LLM.enqueue`` returned."""
     llm.llm_engine.abort_request(list(ids), internal=True)
