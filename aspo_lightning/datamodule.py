@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from aspo_lightning.curriculum import Curriculum, Shuffled, resume, saved
-from aspo_lightning.engines import Generator, VLLMEngine
+from aspo_lightning.engines import Engine, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.metrics import measure
@@ -49,7 +49,7 @@ class RolloutDataModule(LightningDataModule):
         model_name_or_path: str,
         train: Task | None = None,
         val: dict[str, Task] | None = None,
-        engine: Generator | None = None,
+        engine: Engine | None = None,
         curriculum: Curriculum | None = None,
         **settings: Any,
     ) -> None:
@@ -255,7 +255,7 @@ class _EvaluationLoader:
         yield self._data.evaluate(self._name)
 
 
-def check_shared_engines(engine: Generator, ranks: int) -> None:
+def check_shared_engines(engine: Engine, ranks: int) -> None:
     """Raises ConfigError unless the ranks can be shared out among engines."""
     if ranks % engine.tensor_parallel_size:
         raise ConfigError(
@@ -264,7 +264,7 @@ def check_shared_engines(engine: Generator, ranks: int) -> None:
         )
 
 
-def check_engine_devices(engine: Generator, device_ids: Sequence[int]) -> None:
+def check_engine_devices(engine: Engine, device_ids: Sequence[int]) -> None:
     """Raises ConfigError if vLLM, which takes this machine's GPUs in their order, would be on others than the trainer.
 
     Args:

@@ -16,7 +16,7 @@ reference log-probs: by the frozen model that a KL penalty is measured from.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -89,6 +89,28 @@ class Rollout(Completion):
     def sampled_length(self) -> int:
         """Tokens that the model sampled: those that are trained."""
         return len(self.completion_ids) if self.sampled is None else sum(self.sampled)
+
+
+class CompletionRecord(TypedDict):
+    """A completion in a journal; without log-probs, which only training needs."""
+
+    ids: list[int]
+    truncated: bool
+    failed: bool
+    turns: NotRequired[list[str]]
+    """With an environment: the text of each turn of the model."""
+    sampled: NotRequired[list[bool]]
+    """With an environment: of each token, whether the model sampled it."""
+
+
+class Known(TypedDict, total=False):
+    """What a journal knows of a completion: first the completion, then its rewards."""
+
+    completion: CompletionRecord
+    reward: float
+    solved: bool
+    failed: bool
+    answer: str | None
 
 
 @dataclass(frozen=True)

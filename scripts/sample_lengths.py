@@ -26,7 +26,7 @@ def main(model: str, out: Path) -> None:
         for p in prompts
         for sample in range(4)
     ]
-    completions = engine.generate(requests, description="generate")
+    completions = [completion for _, completion in sorted(engine.generate(requests))]
     lengths = [(len(r.prompt_ids), len(c.completion_ids)) for r, c in zip(requests, completions, strict=True)]
     out.write_text(json.dumps(lengths) + "\n")
     tokens = [completion for _, completion in lengths]

@@ -47,7 +47,7 @@ class Recorder(Callback):
             }
         )
         requests = [SamplingRequest(prompt, 8, seed=5) for prompt in PROBE]
-        completions = trainer.datamodule.engine.generate(requests, description="probe")
+        completions = [c for _, c in sorted(trainer.datamodule.engine.generate(requests))]
         batch = MicroBatch.from_sequences(
             [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
             generator_logprobs=[c.generator_logprobs for c in completions],

@@ -78,7 +78,7 @@ def policy(engine, model):
 
 def sample(engine, *, seeds=range(6), temperature=0.8, max_tokens=24, top_p=1.0, prompts=PROMPTS):
     requests = [SamplingRequest(p, max_tokens, seed, temperature, top_p) for p in prompts for seed in seeds]
-    return requests, engine.generate(requests, description="test")
+    return requests, [c for _, c in sorted(engine.generate(requests))]
 
 
 def scored(policy, requests, completions, temperature=0.8):
@@ -112,9 +112,18 @@ def test_the_end_token_is_kept_and_truncation_is_told(engine, policy):
 
 def test_a_seed_fixes_a_completion_whatever_else_is_sampled(engine, policy):
     requests, together = sample(engine)
-    alone = [engine.generate([r], description="test")[0].completion_ids for r in requests[::5]]
+    alone = [c.completion_ids for r in requests[::5] for _, c in engine.generate([r])]
     assert alone == [c.completion_ids for c in together[::5]]
     assert len({c.completion_ids for c in together[:6]}) > 1  # siblings differ
+
+
+def test_leaving_early_leaves_nothing_running(engine, policy):
+    requests, together = sample(engine)
+    for index, completion in engine.generate(requests):
+        assert completion == together[index]
+        break
+    engine.sync_weights(full_weights(policy.lm))  # vLLM couldn't empty its cache under running requests
+    assert sample(engine)[1] == together
 
 
 def test_greedy_takes_the_likeliest_token(engine, policy):

@@ -294,7 +294,7 @@ def check_export(run: Path, target: Path, record: dict) -> None:
     torch.testing.assert_close(ours, record["logprobs"], rtol=0, atol=1e-4)
     engine = VLLMEngine(kv_cache_gib=0.05)
     engine.start(str(target), context_length=64)
-    completions = engine.generate([SamplingRequest(p, 8, seed=3) for p in PROBE], description="test")
+    completions = [c for _, c in sorted(engine.generate([SamplingRequest(p, 8, seed=3) for p in PROBE]))]
     engine.stop()
     for prompt, completion in zip(PROBE, completions, strict=True):
         theirs = plain_logprobs(target, prompt, completion.completion_ids)

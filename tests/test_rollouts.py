@@ -303,7 +303,7 @@ def on_ranks(folder, world_size, function):
 
 def test_the_mismatch_is_that_of_all_ranks(tmp_path):
     shares = [[mismatched(0.5, -0.25), mismatched(-0.125)], [mismatched(-2.0)], [MicroBatch.from_sequences([])]]
-    found = on_ranks(tmp_path, 3, lambda rank: mismatch_metrics(shares[rank], 3))
+    found = on_ranks(tmp_path, 3, lambda rank: mismatch_metrics(shares[rank]))
     assert found == [{"mismatch/logprob_abs_mean": 2.875 / 4, "mismatch/logprob_abs_max": 2.0}] * 3
 
 

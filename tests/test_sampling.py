@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from aspo_lightning.curriculum import PassRate, Shuffled
-from aspo_lightning.engines.base import Generator
+from aspo_lightning.engines.base import Engine
+from aspo_lightning.errors import EngineError
 from aspo_lightning.evaluation.metrics import accuracy, measure
 from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
@@ -22,7 +23,7 @@ def prompt(i, length=3, **kwargs):
     return Prompt(f"p{i}", ids, f"text {i}", f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}, **kwargs)
 
 
-class Script(Generator):
+class Script(Engine):
     """Answers a request with as many sevens as its prompt has tokens; keeps what it was asked."""
 
     def __init__(self, answers=None):
@@ -35,14 +36,11 @@ class Script(Generator):
     def start(self, model_name_or_path, *, context_length):
         pass
 
-    def generate(self, requests, *, description, finished):
+    def generate(self, requests):
         self.requests += requests
-        completions = []
         for i, request in enumerate(requests):
             n = len(request.prompt_ids)
-            completions.append(self.answers.pop(0) if self.answers else Completion((7,) * n, (-0.5,) * n, True))
-            finished(i, completions[-1])
-        return completions
+            yield i, self.answers.pop(0) if self.answers else Completion((7,) * n, (-0.5,) * n, True)
 
     def sync_weights(self, named_tensors):
         pass
@@ -119,6 +117,23 @@ def test_accuracy_votes_and_curricula_go_by_the_first_reward(pool, tmp_path):
 
 def without_logprobs(rollout):
     return replace(rollout, generator_logprobs=(0.0,) * len(rollout.completion_ids))
+
+
+def test_what_the_engine_raises_is_its_error_and_what_the_caller_raises_is_not(pool):
+    class Breaks(Script):
+        def generate(self, requests):
+            yield from super().generate(requests[:1])
+            raise RuntimeError("out of memory")
+
+    class NoText(Counting):
+        def decode(self, ids, skip_special_tokens):
+            raise ZeroDivisionError
+
+    sampling = Sampling(2, 9, 1.0, 1.0, seed=0)
+    with pytest.raises(EngineError, match=r"The engine broke \(RuntimeError: out of memory\)"):
+        Sampler(Breaks(), pool, Counting()).groups([prompt(0)], sampling, epoch=0)
+    with pytest.raises(ZeroDivisionError):
+        Sampler(Script(), pool, NoText()).groups([prompt(0)], sampling, epoch=0)
 
 
 def test_seeds_differ_in_each_of_their_parts_and_stay_the_same():

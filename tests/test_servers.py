@@ -133,7 +133,7 @@ def test_what_a_model_recommends_for_sampling_is_not_followed_but_its_end_tokens
     requests = [SamplingRequest((5, 6, 7 + n), 24, seed, 1.5, 0.95) for n in range(4) for seed in range(16)]
     here = VLLMEngine(kv_cache_gib=0.05)
     here.start(model, context_length=64)
-    expected = here.generate(requests, description="test")
+    expected = [c for _, c in sorted(here.generate(requests))]
     here.stop()
     assert {c.completion_ids[-1] for c in expected if not c.truncated} == {1, 9}
     assert {len(c.completion_ids) for c in expected if c.truncated} == {24}
@@ -141,10 +141,24 @@ def test_what_a_model_recommends_for_sampling_is_not_followed_but_its_end_tokens
         served = VLLMServers([server.url])
         served.start(model, context_length=64)
         served.sync_weights(load_file(f"{model}/model.safetensors").items())
-        found = served.generate(requests, description="test")
+        found = [c for _, c in sorted(served.generate(requests))]
         assert [(c.completion_ids, c.truncated) for c in found] == [(c.completion_ids, c.truncated) for c in expected]
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.generator_logprobs == pytest.approx(theirs.generator_logprobs, abs=1e-5)
+
+
+def test_leaving_early_leaves_no_request_and_no_thread(model, servers):
+    served = VLLMServers([server.url for server in servers])
+    served.start(model, context_length=64)
+    served.sync_weights(load_file(f"{model}/model.safetensors").items())
+    requests = [SamplingRequest((5, 6, 7), 24, seed) for seed in range(40)]
+    threads = threading.active_count()
+    completions = served.generate(requests)
+    index, completion = next(completions)
+    completions.close()
+    assert threading.active_count() == threads
+    served.sync_weights(load_file(f"{model}/model.safetensors").items())
+    assert dict(served.generate(requests))[index] == completion
 
 
 def test_a_server_fills_what_a_request_leaves_out_by_no_recommendation(model, servers):
@@ -191,7 +205,7 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, 
     def completion_after_sync():
         alone.start(model, context_length=64)
         alone.sync_weights(weights.items())
-        return alone.generate([request], description="test")
+        return list(alone.generate([request]))
 
     before = completion_after_sync()
     lost = Server(model)
@@ -248,7 +262,7 @@ def test_a_server_that_freezes_is_told_long_before_the_time_limit(model, servers
     frozen.signal(signal.SIGSTOP)
     start = time.monotonic()
     with pytest.raises(ConfigError, match=f"The vLLM server at {frozen.url} doesn't answer"):
-        both.generate([SamplingRequest((5, 6, 7), 8, seed) for seed in range(4)], description="test")
+        list(both.generate([SamplingRequest((5, 6, 7), 8, seed) for seed in range(4)]))
     assert time.monotonic() - start < 100  # of 300
     frozen.signal(signal.SIGCONT)
 

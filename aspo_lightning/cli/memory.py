@@ -4,26 +4,25 @@ Weights, gradients and optimizer state are counted on a model without memory (th
 that model run its forward pass and noting what it would keep for backward.
 """
 
-import copy
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from aspo_lightning.engines import Generator, TransformersEngine, VLLMEngine
+from aspo_lightning.engines import Engine
+from aspo_lightning.engines.base import FULL, HALF
 from aspo_lightning.fsdp import blocks
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.scorer import CHUNK_SIZE
 
 GB = 1e9
-
-FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
 
 # GB of a process without a model. cuda: context and NCCL's buffers, by rule of thumb; cpu: torch, vLLM, transformers
 # and Lightning, measured.
@@ -31,12 +30,7 @@ RUNTIME = {"cuda": 3.0, "cpu": 0.95}
 
 DEFAULT_GPU_MEMORY = 80.0
 
-CPU_BATCHED_TOKENS = 4096  # of a prefill by vLLM's CPU build
-
-
-# By rule of thumb: what a sleeping engine keeps on a GPU (CUDA graphs, and the workspaces of kernels and sampler), in
-# GB; and the part of its memory that the trainer's allocator has in pieces too small to use or to give back.
-ASLEEP, ASLEEP_EAGER = 2.0, 1.0
+# By rule of thumb: the part of its memory that the trainer's allocator has in pieces too small to use or to give back.
 FRAGMENTATION = 0.1
 MOST_OF_A_GPU = 0.9
 """The largest share of it that is suggested for the engine."""
@@ -71,21 +65,19 @@ class Run:
     """That the engine is made for: evaluations may have longer ones."""
     completions: int
     """Of a phase."""
-    engine: Generator
+    engine: Engine
     gpu_memory: float
+    """GB."""
+    engine_share: float | None = None
+    """Of a GPU, in place of the one that the engine has set."""
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.devices
 
-    @property
-    def shares_gpu(self) -> bool:
-        """The engine has a share of each GPU, in which it sleeps while the trainer works."""
-        return self.on_gpu and isinstance(self.engine, VLLMEngine)
-
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """GB of a process (one GPU, or one process on CPUs) by part; decimal."""
 
     always: dict[str, float] = field(default_factory=dict)
@@ -93,12 +85,15 @@ class Plan:
     update: dict[str, float] = field(default_factory=dict)
     """What scoring and updates add."""
     sampling: dict[str, float] = field(default_factory=dict)
-    """What the engine holds. On a GPU it sleeps while the trainer works."""
+    """What the engine holds."""
     engine_sleeps: bool = True
+    """While the trainer works."""
     full_length_completions: float = float("inf")
     """How many of the longest sequences the KV cache has room for."""
     engine_share: float | None = None
-    """Of a GPU's memory: what is free for the engine while it samples. None: it takes none."""
+    """Of a GPU's memory: what the engine is set to take. None: no share."""
+    free_share: float | None = None
+    """What is free for it while it samples."""
 
     @property
     def peaks(self) -> tuple[float, float]:
@@ -107,7 +102,7 @@ class Plan:
         return (always + update, always + sampling) if self.engine_sleeps else (always + update + sampling,) * 2
 
 
-def make_plan(run: Run) -> Plan:
+def plan_memory(run: Run) -> MemoryPlan:
     """The memory of a run."""
     model = meta_model(run.model_name_or_path, run.dtype, run.lora_rank)
     config = model.lm.config.get_text_config()
@@ -153,20 +148,24 @@ def make_plan(run: Run) -> Plan:
     if run.on_gpu:
         allocated = sum(always.values()) + sum(update.values()) - always["libraries and runtime"]
         always["fragmentation"] = FRAGMENTATION * allocated
-    share = None
-    if run.shares_gpu:
-        if cast(VLLMEngine, run.engine).kv_cache_gib is None:
-            free = 1 - sum(always.values()) / (run.gpu_memory * GB)
-            share = max(0.0, min(MOST_OF_A_GPU, math.floor(20 * free) / 20))
-        always["asleep engine"] = asleep(run.engine)
-    sampling, cache, per_token = engine_memory(run, config, count)
-    return Plan(
+    engine = run.engine.memory(
+        config,
+        count,
+        context_length=run.context_length,
+        gpu_memory=run.gpu_memory * GB if run.on_gpu else None,
+        share=run.engine_share,
+    )
+    free = 1 - sum(always.values()) / (run.gpu_memory * GB)
+    if engine.asleep is not None:
+        always["asleep engine"] = engine.asleep
+    return MemoryPlan(
         always=in_gb(always),
         update=in_gb(update),
-        sampling=in_gb(sampling),
-        engine_sleeps=run.shares_gpu,
-        full_length_completions=cache / (per_token * run.context_length),
-        engine_share=share,
+        sampling=in_gb(engine.sampling),
+        engine_sleeps=engine.asleep is not None,
+        full_length_completions=engine.cache_tokens / run.context_length,
+        engine_share=engine.share,
+        free_share=None if engine.share is None else max(0.0, min(MOST_OF_A_GPU, math.floor(20 * free) / 20)),
     )
 
 
@@ -174,34 +173,7 @@ def in_gb(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GB for name, size in parts.items()}
 
 
-def engine_memory(run: Run, config: Any, count: int) -> tuple[dict[str, float], float, float]:
-    """(bytes by part, bytes of the KV cache, bytes of it that a token takes) of an engine."""
-    engine = run.engine
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * kv_heads * head * (HALF if run.on_gpu else FULL)
-    if isinstance(engine, TransformersEngine):
-        cache = float(per_token * engine.batch_size * run.context_length)
-        logits = 4 * FULL * engine.batch_size * config.vocab_size
-        return {"engine's weights": count * FULL, "KV cache": cache, "sampler": logits}, cache, per_token
-    if not isinstance(engine, VLLMEngine):
-        return {}, float("inf"), per_token  # a user's own, or elsewhere
-    split = engine.tensor_parallel_size
-    per_token = per_token / min(split, kv_heads)
-    parts = {"engine's weights": count * (HALF if run.on_gpu else FULL) / split}
-    if not run.on_gpu and config.tie_word_embeddings:
-        parts["engine's packed head"] = config.vocab_size * config.hidden_size * FULL
-    prefill = CPU_BATCHED_TOKENS * config.intermediate_size * 3
-    parts["sampler"] = 3 * FULL * engine.max_num_seqs * config.vocab_size + prefill * (HALF if run.on_gpu else FULL)
-    if engine.kv_cache_gib is not None or not run.on_gpu:
-        cache = (engine.kv_cache_gib or 1.0) * 2**30
-    else:  # vLLM takes what is left of its share
-        rest = engine.gpu_memory_utilization * run.gpu_memory * GB - asleep(engine)
-        cache = max(0.0, rest - sum(parts.values()))
-    return {**parts, "KV cache": cache}, cache, per_token
-
-
-def optimizer_states(make: Callable[[Any], torch.optim.Optimizer]) -> int:
+def optimizer_states(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> int:
     """Tensors that an optimizer keeps for each parameter, as many as it makes for one."""
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = make([parameter])
@@ -214,13 +186,13 @@ class _Attention(torch.autograd.Function):
     """Stands for an attention kernel that keeps its inputs and its output, and no scores."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query).transpose(1, 2).contiguous()
         ctx.save_for_backward(query, key, value, output)
         return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Any:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> NoReturn:
         raise NotImplementedError("only planned with")
 
 
@@ -244,31 +216,15 @@ def activations(model_name_or_path: str, tokens: int, compute_bytes: int) -> flo
     """Bytes that a forward pass over ``tokens`` keeps for backward, without gradient checkpointing."""
     # bfloat16 whatever the run computes in: without memory, a mixture's grouped products know no other.
     model = meta_model(model_name_or_path, torch.bfloat16, 0)
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # so that no storage gets the address of another
+    parameters = {p.untyped_storage() for p in model.parameters()}
+    kept: set[torch.UntypedStorage] = set()
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
+        kept.add(tensor.untyped_storage())
         return tensor
 
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         ids = torch.zeros(1, tokens, dtype=torch.long)
         # With a mask nothing asks the position ids' values, which the meta device doesn't have.
         model.lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return sum(kept.values()) * compute_bytes / HALF
-
-
-def asleep(engine: Generator) -> float:
-    """Bytes that vLLM keeps on a GPU while it sleeps. They count in its share."""
-    return (ASLEEP_EAGER if getattr(engine, "enforce_eager", False) else ASLEEP) * GB
-
-
-def with_share(run: Run, share: float) -> Run:
-    """With another ``gpu_memory_utilization``."""
-    engine = copy.copy(run.engine)
-    cast(VLLMEngine, engine).gpu_memory_utilization = share
-    return replace(run, engine=engine)
+    return sum(storage.nbytes() for storage in kept - parameters) * compute_bytes / HALF

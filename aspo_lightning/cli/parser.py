@@ -8,7 +8,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.curriculum import Curriculum
-from aspo_lightning.engines import Generator
+from aspo_lightning.engines import Engine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.objectives import Objective
 from aspo_lightning.tasks import Task
@@ -43,7 +43,7 @@ class Parser(LightningArgumentParser):
 
 SWAPPABLE: dict[str, type] = {
     "model.objective": Objective,
-    "data.engine": Generator,
+    "data.engine": Engine,
     "data.train": Task,
     "data.val": Task,
     "data.curriculum": Curriculum,

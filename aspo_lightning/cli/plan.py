@@ -2,16 +2,15 @@
 
 import os
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.cli.fit import ASPOCLI, check_checkpoints, check_strategy
-from aspo_lightning.cli.memory import DEFAULT_GPU_MEMORY, GB, Plan, Run, make_plan, optimizer_states, with_share
+from aspo_lightning.cli.memory import DEFAULT_GPU_MEMORY, GB, MemoryPlan, Run, optimizer_states, plan_memory
 from aspo_lightning.datamodule import RolloutDataModule, check_shared_engines
-from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.module import ASPOModule
 
@@ -20,7 +19,7 @@ def changes(run: Run, share: float | None) -> dict[str, Run]:
     """Settings that take less memory, and the run that each makes of this one; ``share`` is free for the engine."""
     found: dict[str, Run] = {}
     if share:
-        found[f"--data.engine.gpu_memory_utilization {share:g}"] = with_share(run, share)
+        found[f"--data.engine.gpu_memory_utilization {share:g}"] = replace(run, engine_share=share)
     strategy = "--trainer.strategy FSDP2Strategy " * run.strategy_by_name + "--trainer.strategy"
     if not run.gradient_checkpointing:
         found["--model.gradient_checkpointing true"] = replace(run, gradient_checkpointing=True)
@@ -41,7 +40,7 @@ def changes(run: Run, share: float | None) -> dict[str, Run]:
     return found
 
 
-def problems(run: Run, plan: Plan) -> list[str]:
+def problems(run: Run, plan: MemoryPlan) -> list[str]:
     """Why a plan doesn't fit, one line each."""
     found = []
     for name, peak in zip(("an update", "sampling"), plan.peaks, strict=True):
@@ -55,7 +54,7 @@ def problems(run: Run, plan: Plan) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def report(run: Run, plan: Plan, epoch: list[str]) -> tuple[str, bool]:
+def report(run: Run, plan: MemoryPlan, epoch: list[str]) -> tuple[str, bool]:
     """(what a person reads, whether it fits)."""
     where = ("GPU" if run.on_gpu else "CPU process") + "s" * (run.world_size > 1)
     strategy = ", fsdp2" if run.sharded else ""
@@ -77,17 +76,17 @@ def report(run: Run, plan: Plan, epoch: list[str]) -> tuple[str, bool]:
             f"KV cache: room for {plan.full_length_completions:,.1f} sequences of full length at a time; an engine is "
             f"asked for {asked:,.0f} completions"
         )
-    if plan.engine_share and plan.engine_share != (now := cast(VLLMEngine, run.engine).gpu_memory_utilization):
-        room = make_plan(with_share(run, plan.engine_share)).full_length_completions
+    if (share := plan.free_share) and share != plan.engine_share:
+        room = plan_memory(replace(run, engine_share=share)).full_length_completions
         lines.append(
-            f"While the engine samples it can have {plan.engine_share:g} of the GPU "
-            f"(--data.engine.gpu_memory_utilization {plan.engine_share:g}, now {now:g}): room for {room:,.1f}"
+            f"While the engine samples it can have {share:g} of the GPU (--data.engine.gpu_memory_utilization "
+            f"{share:g}, now {plan.engine_share:g}): room for {room:,.1f}"
         )
     wrong = problems(run, plan)
     if not wrong:
         return "\n".join([*lines, "", f"Fits: {max(plan.peaks):.1f} of {run.gpu_memory:.1f} GB."]), True
     lines += ["", *(f"Doesn't fit: {problem}." for problem in wrong)]
-    better = {change: make_plan(other) for change, other in changes(run, plan.engine_share).items()}
+    better = {change: plan_memory(other) for change, other in changes(run, share).items()}
     lines += [
         f"  {change:<80} {max(other.peaks):.1f} GB" + (", fits" if not problems(run, other) else "")
         for change, other in sorted(better.items(), key=lambda item: max(item[1].peaks))
@@ -102,10 +101,10 @@ class Planner:
     def __init__(self, settings: Namespace, gpu_memory: float | None) -> None:
         self.settings, self.gpu_memory = settings, gpu_memory
 
-    def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: Any) -> None:
+    def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: object) -> None:
         run = run_of(model, datamodule, self.settings, self.gpu_memory)
         check_shared_engines(run.engine, run.world_size)
-        text, fits = report(run, make_plan(run), epoch_lines(datamodule, run.world_size))
+        text, fits = report(run, plan_memory(run), epoch_lines(datamodule, run.world_size))
         print(text)
         if not fits:
             raise SystemExit(1)
@@ -176,7 +175,7 @@ class PlanCLI(ASPOCLI):
         check_checkpoints(self.config.fit.checkpoint)
         check_strategy(self.config.fit.trainer.strategy)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
+    def instantiate_trainer(self, **kwargs: object) -> Any:
         return Planner(self.config_init.fit.trainer, self.config_init.fit.gpu_memory)
 
     def before_fit(self) -> None:

@@ -3,9 +3,12 @@
 import os
 import re
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING
 
 from aspo_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send  # of vLLM's
 
 TOKEN = "VLLM_API_KEY"  # which vLLM itself reads, but asks for by some of its paths only
 
@@ -28,11 +31,11 @@ def headers() -> dict[str, str]:
 class RequireToken:
     """ASGI middleware for vLLM's ``--middleware``: nothing is answered without the token, on whatever path."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: "ASGIApp") -> None:
         self.app = app
         self.expected = headers()["Authorization"].encode()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         if scope["type"] == "lifespan" or secrets.compare_digest(given, self.expected):
             await self.app(scope, receive, send)

@@ -1,15 +1,18 @@
 """The protocol between a rollout phase and whatever samples for it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.types import Completion
+
+FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,93 @@ class SamplingRequest:
     top_p: float = 1.0
 
 
-Finished = Callable[[int, Completion], None]
-"""Is told of a request, by its place among all, that its completion is there."""
+@dataclass(frozen=True)
+class EngineMemory:
+    """What an engine takes of a GPU's memory, or of a process's on CPUs, in bytes."""
+
+    sampling: dict[str, float] = field(default_factory=dict)
+    """By part; what it holds while it samples, beyond ``asleep``."""
+    asleep: float | None = None
+    """What stays while the trainer works. None: it never sleeps, and all of ``sampling`` stays."""
+    cache_tokens: float = float("inf")
+    """Tokens that its KV cache has room for."""
+    share: float | None = None
+    """Of a GPU's memory: what it is set to take in all. None: it takes what it needs."""
 
 
-def ignore(index: int, completion: Completion) -> None:
-    """For those who wait for all completions."""
+def kv_bytes(config: PreTrainedConfig, itemsize: int, split: int = 1) -> float:
+    """Bytes of the KV cache that a token takes on each of ``split`` GPUs."""
+    head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers: int = config.num_hidden_layers
+    return 2 * layers * kv_heads * head * itemsize / min(split, kv_heads)
+
+
+class Engine(ABC):
+    """Samples completions. Made cheaply from its settings; the model is loaded by ``start``."""
+
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """What ``sync_weights`` is best given: what it would cast them to. None: as they were trained."""
+        return None
+
+    @property
+    def copies(self) -> int:
+        """Copies of the weights that a rank's requests go to, in turn."""
+        return 1
+
+    def memory(
+        self,
+        config: PreTrainedConfig,
+        parameters: int,
+        *,
+        context_length: int,
+        gpu_memory: float | None,
+        share: float | None = None,
+    ) -> EngineMemory:
+        """What it will take here; by default nothing, like an engine elsewhere.
+
+        Args:
+            config: of the (text) model.
+            parameters: their number.
+            context_length: as for ``start``.
+            gpu_memory: of each GPU, in bytes; None on CPUs.
+            share: of a GPU, to look at instead of the one that is set.
+        """
+        return EngineMemory()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises ConfigError if this engine can't run here."""
+
+    @abstractmethod
+    def start(self, model_name_or_path: str, *, context_length: int) -> None:
+        """Loads the model, for prompts and completions of together at most ``context_length`` tokens."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+        """Samples one completion per request and yields each as soon as it is finished, in any order.
+
+        Nothing starts before the first is asked for; leaving the iteration early cancels the others.
+
+        Yields:
+            (index of the request in ``requests``, its completion)
+        """
+
+    @abstractmethod
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over the policy's weights (Hugging Face names, full tensors); nothing cached of the old ones stays."""
+
+    def sleep(self) -> bool:
+        """Frees memory between samplings. Returns whether the weights went too: then ``sync_weights`` comes next."""
+        return False
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Frees what ``start`` took. May be called at any time, more than once."""
 
 
 @contextmanager
@@ -50,53 +134,7 @@ def engine_errors(*, at_start: bool = False) -> Iterator[None]:
         raise EngineError(f"The engine broke ({reason}). Nothing of this phase was trained on.") from error
 
 
-class Generator(ABC):
-    """Samples completions. Made cheaply from its settings; the model is loaded by ``start``."""
-
-    tensor_parallel_size: int = 1
-    """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""
-
-    @property
-    def weights_dtype(self) -> torch.dtype | None:
-        """What ``sync_weights`` is best given: what it would cast them to. None: as they were trained."""
-        return None
-
-    @property
-    def copies(self) -> int:
-        """Copies of the weights that a rank's requests go to, in turn."""
-        return 1
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raises ConfigError if this engine can't run here."""
-
-    @abstractmethod
-    def start(self, model_name_or_path: str, *, context_length: int) -> None:
-        """Loads the model, for prompts and completions of together at most ``context_length`` tokens."""
-
-    @abstractmethod
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
-        """Samples one completion a request, behind a progress bar.
-
-        Args:
-            requests: what to sample.
-            description: of the bar.
-            finished: is told of each completion as soon as it is there.
-
-        Returns:
-            The completions in the order of their requests.
-        """
-
-    @abstractmethod
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over the policy's weights (Hugging Face names, full tensors); nothing cached of the old ones stays."""
-
-    def sleep(self) -> bool:
-        """Frees memory between samplings. Returns whether the weights went too: then ``sync_weights`` comes next."""
-        return False
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Frees what ``start`` took. May be called at any time, more than once."""
+def generate(engine: Engine, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+    """``engine.generate``; what the engine raises becomes EngineError, what the caller raises meanwhile doesn't."""
+    with engine_errors():
+        yield from engine.generate(requests)

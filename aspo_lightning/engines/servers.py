@@ -4,31 +4,32 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ipaddress import ip_address
+from itertools import islice
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx
 import torch
 from torch import Tensor
-from torch import distributed as dist
-from tqdm.auto import tqdm
 
+from aspo_lightning.collectives import barrier, rank, world_size
 from aspo_lightning.engines.access import TOKEN, headers
-from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
+from aspo_lightning.engines.base import Engine, SamplingRequest
 from aspo_lightning.engines.transfer import CHECK_S, Stream
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 CONNECTIONS = 256  # to a server at a time: as many completions as it samples by default, and few enough open files
+Answer = dict[str, Any]  # of a server, in JSON
 HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in between
 
 
-class VLLMServers(Generator):
-    """Samples with servers started by ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
+class VLLMServers(Engine):
+    """Samples with servers started with ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
 
     Where there are several ranks, each uses its share of the servers, or shares one. What the servers are asked comes
     with the token that they were started with, from the environment variable VLLM_API_KEY.
@@ -43,7 +44,7 @@ class VLLMServers(Generator):
         self.timeout_s = timeout_s
         self._model_name = ""
         self._stream: Stream | None = None
-        self._updates: list[Future[Any]] = []
+        self._updates: list[Future[Answer]] = []
 
     def check(self) -> None:
         if not self.urls:
@@ -77,7 +78,7 @@ class VLLMServers(Generator):
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
-        world_size = 1 + sum(sizes.values())
+        members = 1 + sum(sizes.values())
         next_rank = 1
         answers = []
         for url in self.urls:
@@ -85,7 +86,7 @@ class VLLMServers(Generator):
                 "address": address,
                 "port": port,
                 "first_rank": next_rank,
-                "world_size": world_size,
+                "world_size": members,
                 "timeout_s": self.timeout_s,
             }
             # They answer when all have joined, so this one must meanwhile.
@@ -97,7 +98,7 @@ class VLLMServers(Generator):
                 address,
                 port,
                 rank=0,
-                world_size=world_size,
+                world_size=members,
                 device=device,
                 timeout_s=self.timeout_s,
                 check_servers=self._check,
@@ -111,39 +112,37 @@ class VLLMServers(Generator):
         for answer in answers:
             answer.result()
 
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
-        return asyncio.run(self._generate(requests, description, finished))
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+        completions = self._completions(requests)
 
-    async def _generate(
-        self, requests: Sequence[SamplingRequest], description: str, finished: Finished
-    ) -> list[Completion]:
+        async def following() -> tuple[int, Completion] | None:
+            return await anext(completions, None)
+
+        # Its loop runs while the caller waits for the next. Leaving it cancels what is under way.
+        with asyncio.Runner() as runner:
+            while found := runner.run(following()):
+                yield found
+
+    async def _completions(self, requests: Sequence[SamplingRequest]) -> AsyncIterator[tuple[int, Completion]]:
         mine = self._mine()
         limits = httpx.Limits(max_connections=CONNECTIONS * len(mine))
-        with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
+        # Not through a proxy of the environment, which would see the token.
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers(), trust_env=False) as client:
 
-            async def complete(client: httpx.AsyncClient, i: int, request: SamplingRequest) -> Completion:
-                completion = await self._complete(client, mine[i % len(mine)], request)
-                finished(i, completion)
-                bar.update()
-                return completion
+            async def complete(i: int, request: SamplingRequest) -> tuple[int, Completion]:
+                return i, await self._complete(client, mine[i % len(mine)], request)
 
-            # Not through a proxy of the environment, which would see the token.
-            async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers(), trust_env=False) as client:
-                tasks = [asyncio.create_task(complete(client, i, request)) for i, request in enumerate(requests)]
-                everything: asyncio.Future[list[Completion]] = asyncio.gather(*tasks)
-                watch: asyncio.Future[Any] = asyncio.create_task(self._watch())
-                try:
-                    await asyncio.wait((everything, watch), return_when=asyncio.FIRST_COMPLETED)
-                    if watch.done():
-                        watch.result()
-                    return await everything
-                finally:
-                    for task in (*tasks, watch):
-                        task.cancel()  # the others, when one failed
+            tasks = [asyncio.create_task(complete(i, request)) for i, request in enumerate(requests)]
+            watch = asyncio.create_task(self._watch())  # never finished: it can only raise
+            try:
+                for finished in islice(asyncio.as_completed([*tasks, watch]), len(tasks)):
+                    yield await finished
+            finally:
+                for task in (*tasks, watch):
+                    task.cancel()
+                await asyncio.gather(*tasks, watch, return_exceptions=True)
 
-    async def _watch(self) -> None:
+    async def _watch(self) -> NoReturn:
         """Raises when a server doesn't answer: one that froze, or whose machine is gone, closes no connection."""
         while True:
             await asyncio.sleep(CHECK_S)
@@ -155,8 +154,7 @@ class VLLMServers(Generator):
 
     def _mine(self) -> list[str]:
         """The servers that this rank asks."""
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return self.urls[rank() :: ranks] or [self.urls[rank() % len(self.urls)]]
+        return self.urls[rank() :: world_size()] or [self.urls[rank() % len(self.urls)]]
 
     async def _complete(self, client: httpx.AsyncClient, url: str, request: SamplingRequest) -> Completion:
         body = {
@@ -190,8 +188,7 @@ class VLLMServers(Generator):
         else:
             for _ in named_tensors:  # gathering a sharded tensor takes all ranks
                 pass
-        if dist.is_initialized():
-            dist.barrier()  # no rank samples before all servers have all weights
+        barrier()  # no rank samples before all servers have all weights
 
     def _send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         stream = self._stream
@@ -234,13 +231,13 @@ class VLLMServers(Generator):
         for url in self.urls:
             self._ask(url, "GET", "/health", timeout=HEALTH_TIMEOUT_S)
 
-    def _ask_all(self, path: str, otherwise: str | None = None) -> list[Any]:
+    def _ask_all(self, path: str, otherwise: str | None = None) -> list[Answer]:
         with ThreadPoolExecutor(len(self.urls)) as pool:
             return list(pool.map(lambda url: self._ask(url, "POST", path, otherwise=otherwise), self.urls))
 
-    def _ask_meanwhile(self, url: str, path: str, **body: Any) -> Future[Any]:
+    def _ask_meanwhile(self, url: str, path: str, **body: object) -> Future[Answer]:
         """What a server will answer. One that never does keeps nobody waiting, nor the process from ending."""
-        answer: Future[Any] = Future()
+        answer: Future[Answer] = Future()
 
         def ask() -> None:
             try:
@@ -259,17 +256,17 @@ class VLLMServers(Generator):
         *,
         timeout: float | None = None,
         otherwise: str | None = None,
-        **body: Any,
-    ) -> Any:
+        json: Mapping[str, object] | None = None,
+    ) -> Answer:
         """What a server answers. Where it refuses, ``otherwise`` is asked for, and then once more."""
         try:
             response = httpx.request(
-                method, url + path, timeout=timeout or self.timeout_s, headers=headers(), trust_env=False, **body
+                method, url + path, timeout=timeout or self.timeout_s, headers=headers(), trust_env=False, json=json
             )
         except httpx.TransportError as error:
             raise lost(url, error) from error
         if response.status_code == httpx.codes.OK:
-            return response.json() if response.content else None
+            return Answer(response.json()) if response.content else {}
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             raise lost(url, "its engine is dead")
         if otherwise and response.status_code != httpx.codes.UNAUTHORIZED:
@@ -279,10 +276,6 @@ class VLLMServers(Generator):
 
     def stop(self) -> None:
         self._stream = None
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def seen_by(url: str, timeout_s: float) -> str:
@@ -331,5 +324,5 @@ def lost(url: str, reason: Exception | str) -> ConfigError:
     why = str(reason) or type(reason).__name__
     return ConfigError(
         f"The vLLM server at {url} doesn't answer ({why}). Nothing of the phase in the making is trained on. Start "
-        "the server again by scripts/serve.sh and resume with the command that the run printed."
+        "the server again with scripts/serve.sh and resume with the command that the run printed."
     )

@@ -10,7 +10,8 @@ wants all names and shapes ahead, and waits for a lost peer for good.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -100,7 +101,7 @@ class Stream:
             raise ConnectionError("another end of the stream is gone") from error
         return tensor
 
-    def _send_header(self, header: dict[str, Any]) -> None:
+    def _send_header(self, header: Mapping[str, object]) -> None:
         text = json.dumps(header).encode().ljust(HEADER_BYTES)
         assert len(text) == HEADER_BYTES, f"a tensor's name is too long: {header}"
         self._broadcast(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device))
@@ -150,5 +151,5 @@ def register() -> None:
     """Makes the backend ``aspo`` known to the vLLM of this process."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    if "aspo" not in WeightTransferEngineFactory._registry:  # vLLM may load its plugins twice
-        WeightTransferEngineFactory.register_engine("aspo", "aspo_lightning.engines.worker", "StreamedWeights")
+    with suppress(ValueError):  # it is already: vLLM may load its plugins twice
+        WeightTransferEngineFactory.register_engine("aspo", "aspo_lightning.engines.vllm_internals", "StreamedWeights")

@@ -6,17 +6,16 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
+from aspo_lightning.engines.base import FULL, HALF, Engine, EngineMemory, SamplingRequest, kv_bytes
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
 
-class TransformersEngine(Generator):
+class TransformersEngine(Engine):
     """Samples with a copy of the policy in transformers.
 
     Args:
@@ -35,28 +34,36 @@ class TransformersEngine(Generator):
     def weights_dtype(self) -> torch.dtype | None:
         return getattr(torch, self.dtype, None)  # "auto" is none
 
+    def memory(
+        self,
+        config: PreTrainedConfig,
+        parameters: int,
+        *,
+        context_length: int,
+        gpu_memory: float | None,
+        share: float | None = None,
+    ) -> EngineMemory:
+        tokens = self.batch_size * context_length
+        parts = {
+            "engine's weights": parameters * FULL,
+            "KV cache": tokens * kv_bytes(config, FULL if gpu_memory is None else HALF),
+            "sampler": 4.0 * FULL * self.batch_size * config.vocab_size,
+        }
+        return EngineMemory(parts, cache_tokens=tokens)
+
     def check(self) -> None:
         pass
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=self.dtype)
-        lm.to(torch.device(device))  # type: ignore[arg-type]
+        lm = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=self.dtype, device_map=device)
         self._lm = lm.eval()
 
-    @torch.no_grad()
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
-        completions: list[Completion] = []
-        with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
-            for start in range(0, len(requests), self.batch_size):
-                for completion in self._generate_batch(requests[start : start + self.batch_size]):
-                    finished(len(completions), completion)
-                    completions.append(completion)
-                    bar.update()
-        return completions
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
+        for start in range(0, len(requests), self.batch_size):
+            yield from enumerate(self._generate_batch(requests[start : start + self.batch_size]), start)
 
+    @torch.no_grad()
     def _generate_batch(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
         lm = self._running()
         end = lm.generation_config.eos_token_id

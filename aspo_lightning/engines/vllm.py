@@ -5,14 +5,15 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
-from aspo_lightning.engines.base import Finished, Generator, SamplingRequest, ignore
+from aspo_lightning.collectives import world_size
+from aspo_lightning.engines.base import FULL, HALF, Engine, EngineMemory, SamplingRequest, kv_bytes
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 
-class VLLMEngine(Generator):
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What it takes, for ``aspo plan``. By rule of thumb: bytes that stay on a GPU while it sleeps (CUDA graphs, and the
+# workspaces of kernels and sampler), with graphs and without. They count in its share.
+ASLEEP, ASLEEP_EAGER = 2.0e9, 1.0e9
+CPU_BATCHED_TOKENS = 4096  # of a prefill by the CPU build
+
+
+class VLLMEngine(Engine):
     """Samples with vLLM.
 
     Args:
@@ -60,15 +70,48 @@ class VLLMEngine(Generator):
 
     @property
     def weights_dtype(self) -> torch.dtype:
+        return DTYPES[self._dtype]
+
+    @property
+    def _dtype(self) -> Dtype:
         if self.dtype == "auto":
-            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        return getattr(torch, self.dtype)
+            return "bfloat16" if torch.cuda.is_available() else "float32"
+        return self.dtype
+
+    def memory(
+        self,
+        config: PreTrainedConfig,
+        parameters: int,
+        *,
+        context_length: int,
+        gpu_memory: float | None,
+        share: float | None = None,
+    ) -> EngineMemory:
+        split = self.tensor_parallel_size
+        itemsize = FULL if gpu_memory is None else HALF
+        parts = {"engine's weights": parameters * itemsize / split}
+        if gpu_memory is None and config.tie_word_embeddings:
+            parts["engine's packed head"] = config.vocab_size * config.hidden_size * FULL
+        prefill = CPU_BATCHED_TOKENS * config.intermediate_size * 3
+        parts["sampler"] = 3 * FULL * self.max_num_seqs * config.vocab_size + prefill * itemsize
+        asleep = ASLEEP_EAGER if self.enforce_eager else ASLEEP
+        if gpu_memory is None or self.kv_cache_gib is not None:
+            share, cache = None, (self.kv_cache_gib or 1.0) * 2**30
+        else:  # vLLM takes what is left of its share
+            share = self.gpu_memory_utilization if share is None else share
+            cache = max(0.0, share * gpu_memory - asleep - sum(parts.values()))
+        return EngineMemory(
+            {**parts, "KV cache": cache},
+            asleep=None if gpu_memory is None else asleep,
+            cache_tokens=cache / kv_bytes(config, itemsize, split),
+            share=share,
+        )
 
     def check(self) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
                 "data.engine is VLLMEngine, but vllm isn't installed. Install it with scripts/install.sh (which picks "
-                "the CPU or the GPU build), or sample without it by --data.engine TransformersEngine."
+                "the CPU or the GPU build), or sample without it with --data.engine TransformersEngine."
             )
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
@@ -78,30 +121,16 @@ class VLLMEngine(Generator):
         from vllm import LLM
 
         on_cpu = not torch.cuda.is_available()
-        distributed: dict[str, Any] = {}
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # An engine a rank, inside the trainer's process group.
-            distributed = {
-                "distributed_executor_backend": "external_launcher",
-                "tensor_parallel_size": self.tensor_parallel_size,
-            }
-            if on_cpu:
-                from aspo_lightning.engines.worker import without_shared_memory
+        among_ranks = world_size() > 1
+        if among_ranks and on_cpu:
+            from aspo_lightning.engines.vllm_internals import without_shared_memory
 
-                without_shared_memory()
+            without_shared_memory()
         kv_cache_gib = 1.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
-        cpu_settings = {
-            # A prompt cut in two chunks while it is sampled with a seed fails on a CPU ("CPU Generator does not use
-            # offset"), so prompts are never cut there.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(context_length, 4096),
-            "block_size": 32,  # the default of 128 would take a whole block for each short completion
-            "enforce_eager": True,
-        }
         with _no_bound_device():
             self._llm = LLM(
                 model=model_name_or_path,
-                dtype=cast(Any, self.weights_dtype),
+                dtype=self._dtype,
                 # Not 16-bit logits, which move the log-prob of an uncertain token by some percent.
                 hf_overrides={"head_dtype": "float32"},
                 max_model_len=context_length,
@@ -109,17 +138,25 @@ class VLLMEngine(Generator):
                 kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from: temperature and top-p applied
-                **(cpu_settings if on_cpu else {"enforce_eager": self.enforce_eager, "enable_sleep_mode": True}),
-                **distributed,
+                enforce_eager=self.enforce_eager or on_cpu,
+                enable_sleep_mode=not on_cpu,
+                # A prompt cut in two chunks while it is sampled with a seed fails on a CPU ("CPU Generator does not use
+                # offset"), so prompts are never cut there.
+                enable_chunked_prefill=False if on_cpu else None,
+                max_num_batched_tokens=max(context_length, CPU_BATCHED_TOKENS) if on_cpu else None,
+                block_size=32 if on_cpu else None,  # the CPU's 128 would take a whole block for each short completion
+                # An engine a rank, or shared by some, inside the trainer's process group.
+                distributed_executor_backend="external_launcher" if among_ranks else None,
+                tensor_parallel_size=self.tensor_parallel_size if among_ranks else 1,
             )
 
-    def generate(
-        self, requests: Sequence[SamplingRequest], *, description: str, finished: Finished = ignore
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
         from vllm import SamplingParams, TokensPrompt
 
+        from aspo_lightning.engines.vllm_internals import cancel, places, running, step
+
         if not requests:
-            return []
+            return
         llm = self._running()
         ids = llm.enqueue(
             [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests],
@@ -136,24 +173,19 @@ class VLLMEngine(Generator):
             ],
             use_tqdm=False,
         )
-        index = {id.partition("-")[0]: i for i, id in enumerate(ids)}
-        completions: dict[int, Completion] = {}
-        with (
-            tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar,
-            Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s") as watchdog,
-        ):
-            while llm.llm_engine.has_unfinished_requests():
-                watchdog.alive()
-                for output in llm.llm_engine.step():
-                    if output.finished:
-                        i = index[output.request_id]
-                        completions[i] = _completion(cast(Any, output).outputs[0])
-                        finished(i, completions[i])
-                        bar.update()
-        return [completions[i] for i in range(len(requests))]
+        place = places(ids)
+        try:
+            with Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s") as watchdog:
+                while running(llm):
+                    with watchdog.step():
+                        finished = step(llm)
+                    for output in finished:
+                        yield place[output.request_id], _completion(output.outputs[0])
+        finally:
+            cancel(llm, ids)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        from aspo_lightning.engines.worker import embeddings, forget_expert_kernels, load_in_place, pack_head
+        from aspo_lightning.engines.vllm_internals import embeddings, forget_expert_kernels, load_in_place, pack_head
 
         llm = self._running()
         on_cpu = not torch.cuda.is_available()
@@ -211,7 +243,7 @@ def _no_bound_device() -> Iterator[None]:
 
 def _completion(output: "CompletionOutput") -> Completion:
     ids = tuple(output.token_ids)
-    logprobs = tuple(at[i].logprob for i, at in zip(ids, cast(Any, output.logprobs), strict=True))
+    logprobs = tuple((at or {})[i].logprob for i, at in zip(ids, output.logprobs or (), strict=True))
     return Completion(ids, logprobs, truncated=output.finish_reason == "length")
 
 

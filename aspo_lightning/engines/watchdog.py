@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def end_process(reason: str) -> None:
@@ -15,7 +16,7 @@ def end_process(reason: str) -> None:
 
 
 class Watchdog:
-    """Within it, ``alive`` must be called at least every ``timeout_s`` seconds; else ``on_hang`` is, by a thread.
+    """Calls ``on_hang``, by a thread, when a ``step`` within it takes more than ``timeout_s`` seconds.
 
     Args:
         timeout_s: measured by a clock that never jumps.
@@ -27,14 +28,19 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, reason: str) -> None:
         self.timeout_s, self.reason = timeout_s, reason
-        self._last = time.monotonic()
+        self._deadline: float | None = None  # of the step that runs
         self._done = threading.Event()
 
-    def alive(self) -> None:
-        self._last = time.monotonic()
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """What runs in here is watched."""
+        self._deadline = time.monotonic() + self.timeout_s
+        try:
+            yield
+        finally:
+            self._deadline = None
 
     def __enter__(self) -> "Watchdog":
-        self.alive()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -42,8 +48,11 @@ class Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
-        while not self._done.wait(max(0.0, self._last + self.timeout_s - time.monotonic())):
-            if time.monotonic() >= self._last + self.timeout_s:
+        left = self.timeout_s
+        while not self._done.wait(left):
+            deadline = self._deadline
+            left = self.timeout_s if deadline is None else deadline - time.monotonic()
+            if left <= 0:
                 faulthandler.dump_traceback(all_threads=True)  # where it hangs
                 self.on_hang(self.reason)
                 return

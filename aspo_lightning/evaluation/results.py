@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import distributed as dist
 
@@ -18,7 +18,7 @@ from aspo_lightning.evaluation.metrics import Measurement
 from aspo_lightning.identity import differences
 from aspo_lightning.run.disk import write_text
 from aspo_lightning.run.provenance import versions
-from aspo_lightning.types import RolloutGroup
+from aspo_lightning.types import Known, RolloutGroup
 
 RESULT, COMPLETIONS, TABLE = "result.json", "completions.jsonl", "table.md"
 
@@ -100,7 +100,7 @@ class Results:
             shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
         _barrier()
 
-    def _known_or_read(self, benchmark: str, id: str, sample: int) -> dict[str, Any]:
+    def _known_or_read(self, benchmark: str, id: str, sample: int) -> Known:
         if (key := (benchmark, id, sample)) not in self._known:
             self._known |= read_known(self.folder)  # what the other ranks have added
         return self._known[key]
@@ -109,13 +109,13 @@ class Results:
 class FileJournal:
     """Keeps what is known of a benchmark's completions as lines of JSON; see ``sampling.Journal``."""
 
-    def __init__(self, path: Path, benchmark: str, known: dict[tuple[str, str, int], dict[str, Any]]) -> None:
+    def __init__(self, path: Path, benchmark: str, known: dict[tuple[str, str, int], Known]) -> None:
         self._path, self._benchmark, self._known = path, benchmark, known
 
-    def get(self, prompt_id: str, sample: int) -> dict[str, Any]:
+    def get(self, prompt_id: str, sample: int) -> Known:
         return self._known.get((self._benchmark, prompt_id, sample), {})
 
-    def add(self, prompt_id: str, sample: int, **known: Any) -> None:
+    def add(self, prompt_id: str, sample: int, **known: Unpack[Known]) -> None:
         self._known.setdefault((self._benchmark, prompt_id, sample), {}).update(known)
         self._path.parent.mkdir(exist_ok=True)
         line = {"benchmark": self._benchmark, "id": prompt_id, "sample": sample, **known}
@@ -123,9 +123,9 @@ class FileJournal:
             file.write("\n" + json.dumps(line))  # the line break first: it ends a line that a kill has torn
 
 
-def read_known(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+def read_known(folder: Path) -> dict[tuple[str, str, int], Known]:
     """What the folder holds of each completion, by benchmark, problem and sample."""
-    known: dict[tuple[str, str, int], dict[str, Any]] = {}
+    known: dict[tuple[str, str, int], Known] = {}
     for path in [folder / COMPLETIONS, *sorted((folder / JOURNAL).glob("*.jsonl"))]:
         if not path.exists():
             continue
@@ -137,7 +137,9 @@ def read_known(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
                 continue  # torn by a kill: what it told is done again
             if not all(isinstance(part, (str, int)) for part in key):
                 continue
-            known.setdefault(key, {}).update({k: v for k, v in record.items() if k not in ("prompt", "text")})
+            for name in ("prompt", "text"):
+                record.pop(name, None)
+            known.setdefault(key, {}).update(record)
     return known
 
 

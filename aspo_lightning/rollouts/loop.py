@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from aspo_lightning.curriculum import Curriculum
-from aspo_lightning.engines.base import Generator, engine_errors
+from aspo_lightning.engines.base import Engine, engine_errors
 from aspo_lightning.rollouts.mismatch import Probe, correct_mismatch, mismatch_metrics
 from aspo_lightning.rollouts.packing import pack, plan_phase
 from aspo_lightning.rollouts.sampling import Sampler
@@ -147,7 +147,7 @@ class Rollouts:
             **rollout_metrics(groups),
             "rollout/kept_groups": float(len(kept)),
             "time/score_s": score_s,
-            **mismatch_metrics(scored, world_size),
+            **mismatch_metrics(scored),
         }
         corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
         return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics)
@@ -160,7 +160,7 @@ class Rollouts:
         return [replace(row, old_logprobs=old, ref_logprobs=ref) for row, (old, ref) in zip(rows, scores, strict=True)]
 
 
-def sync(engine: Generator, policy: Policy) -> float:
+def sync(engine: Engine, policy: Policy) -> float:
     """Gives the engine the policy's weights as they are now. Returns the seconds that took.
 
     Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be told from

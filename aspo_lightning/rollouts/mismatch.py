@@ -3,32 +3,28 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
-from aspo_lightning.engines import Generator, SamplingRequest
-from aspo_lightning.engines.base import engine_errors
+from aspo_lightning.collectives import gather
+from aspo_lightning.engines import Engine, SamplingRequest
+from aspo_lightning.engines.base import generate
 from aspo_lightning.errors import RESUME, ConfigError
 from aspo_lightning.rollouts.settings import MismatchCorrection
 from aspo_lightning.types import MicroBatch
 
 
-def mismatch_metrics(batches: Sequence[MicroBatch], world_size: int = 1) -> dict[str, float]:
-    """|old - generator log-prob| over all response tokens of all ranks: how far engine and trainer are apart."""
+def mismatch_metrics(batches: Sequence[MicroBatch]) -> dict[str, float]:
+    """|old - engine log-prob| over the response tokens of all ranks: how far engine and trainer are apart."""
     difference = torch.cat([(b.old_logprobs - b.generator_logprobs).abs().double() for b in batches])
-    sums = [difference.sum().item(), float(difference.numel()), difference.max().item() if len(difference) else 0.0]
-    if world_size > 1:
-        shares: list[Any] = [None] * world_size
-        dist.all_gather_object(shares, sums)
-        sums = [sum(s[0] for s in shares), sum(s[1] for s in shares), max(s[2] for s in shares)]
-    return {"mismatch/logprob_abs_mean": sums[0] / max(1.0, sums[1]), "mismatch/logprob_abs_max": sums[2]}
+    largest = difference.max().item() if len(difference) else 0.0
+    sums, tokens, maxima = zip(*gather((difference.sum().item(), len(difference), largest)), strict=True)
+    return {"mismatch/logprob_abs_mean": sum(sums) / max(1, sum(tokens)), "mismatch/logprob_abs_max": max(maxima)}
 
 
 def correct_mismatch(batch: MicroBatch, correction: MismatchCorrection, bounds: tuple[float, float]) -> MicroBatch:
-    """Weighs the advantages by c = pi_old / pi_generator, which stays the same for all updates of a phase.
+    """Weighs the advantages by c = pi_old / pi_engine, which stays the same for all updates of a phase.
 
     - ``truncate``: min(c, upper bound) (TIS, truncated importance sampling).
     - ``mask``: c inside the bounds, 0 outside (IcePop).
@@ -71,11 +67,10 @@ class Probe:
         self.factor = factor
         self.first: float | None = None
 
-    def sample(self, engine: Generator) -> MicroBatch:
+    def sample(self, engine: Engine) -> MicroBatch:
         """What the engine makes of the prompt, to be scored by the trainer."""
-        with engine_errors():
-            requests = [request for request in self.requests for _ in range(engine.copies)]
-            completions = engine.generate(requests, description="probe")
+        requests = [request for request in self.requests for _ in range(engine.copies)]
+        completions = [completion for _, completion in sorted(generate(engine, requests))]
         return MicroBatch.from_sequences(
             [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
             generator_logprobs=[c.generator_logprobs for c in completions],

@@ -78,7 +78,9 @@ def _deal(bins: list[list[int]], world_size: int) -> list[list[list[int]]]:
     return [[row[rank if j % 2 == 0 else -1 - rank] for j, row in enumerate(rows)] for rank in range(world_size)]
 
 
-def _pack(step, lengths, costs, bins, token_budget) -> list[list[int]] | None:
+def _pack(
+    step: Sequence[int], lengths: Sequence[int], costs: Sequence[float], bins: int, token_budget: int
+) -> list[list[int]] | None:
     """Heaviest first into the lightest bin that has room; bins by falling cost. None if something finds no room."""
     heap = [(0.0, b, 0) for b in range(bins)]  # (cost, bin, tokens)
     content: list[list[int]] = [[] for _ in range(bins)]

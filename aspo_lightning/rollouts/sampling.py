@@ -4,15 +4,16 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, Unpack
 
-from torch import distributed as dist
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from aspo_lightning.engines.base import Generator, SamplingRequest, engine_errors
+from aspo_lightning.collectives import gather
+from aspo_lightning.engines.base import Engine, SamplingRequest, generate
 from aspo_lightning.rewards import Call, RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import Sampling
-from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
+from aspo_lightning.types import CompletionRecord, Known, Prompt, Rollout, RolloutGroup
 
 SCORED_AT_ONCE = 64
 """Completions; what is scored goes to the journal in such portions."""
@@ -25,13 +26,13 @@ def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int 
 
 
 class Journal(Protocol):
-    """Keeps what is done, so that a sampling that was killed goes on where it stopped."""
+    """Keeps what is done, so that a sampling that was killed resumes where it stopped."""
 
-    def get(self, prompt_id: str, sample: int) -> dict[str, Any]:
+    def get(self, prompt_id: str, sample: int) -> Known:
         """What is known of a completion."""
         ...
 
-    def add(self, prompt_id: str, sample: int, **known: Any) -> None:
+    def add(self, prompt_id: str, sample: int, **known: Unpack[Known]) -> None:
         """Keeps what has become known of it."""
         ...
 
@@ -50,12 +51,14 @@ class _Episode:
     failed: bool = False
     ended: bool = False
 
-    def record(self) -> dict[str, Any]:
-        """For the journal; log-probs aside, which only training needs."""
-        record = {"ids": self.ids, "truncated": self.truncated, "failed": self.failed}
-        return {**record, "turns": self.turns, "sampled": self.sampled} if self.prompt.environment else record
+    def record(self) -> CompletionRecord:
+        """For the journal."""
+        record = CompletionRecord(ids=self.ids, truncated=self.truncated, failed=self.failed)
+        if self.prompt.environment:
+            record["turns"], record["sampled"] = self.turns, self.sampled
+        return record
 
-    def restore(self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    def restore(self, record: CompletionRecord, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids, self.truncated, self.failed = record["ids"], record["truncated"], record["failed"]
         self.turns = record["turns"] if "turns" in record else [_turn(tokenizer, self.prompt.prompt_ids, self.ids)]
         self.sampled = record.get("sampled", [True] * len(self.ids))
@@ -78,7 +81,7 @@ class Sampler:
 
     def __init__(
         self,
-        engine: Generator,
+        engine: Engine,
         pool: RewardPool,
         tokenizer: PreTrainedTokenizerBase,
         *,
@@ -122,24 +125,21 @@ class Sampler:
         turn = 0
         while active := [e for e in episodes if not e.ended]:
             self._sample_turn(active, sampling, epoch, turn, description, keep)
-            self._answer([e for e in active if not e.ended], sampling.max_tokens, keep)
+            self._reply([e for e in active if not e.ended], sampling.max_tokens, keep)
             turn += 1
         generated = time.perf_counter()
         if self.rank % size:
             episodes, share = [], []
-        rollouts = self._score(episodes, vote, journal)
+        rollouts = self._reward(episodes, vote, journal)
         groups = [
             RolloutGroup(prompt, tuple(rollouts[i * sampling.group_size : (i + 1) * sampling.group_size]))
             for i, prompt in enumerate(share)
         ]
         times = {"time/generate_s": generated - start, "time/reward_s": time.perf_counter() - generated}
-        if self.world_size > 1:
-            shares: list[Any] = [None] * self.world_size
-            dist.all_gather_object(shares, (groups, times))
-            times = {key: max(t[key] for _, t in shares) for key in times}
-            shares = shares[::size]
-            groups = [shares[i % len(shares)][0][i // len(shares)] for i in range(len(prompts))]
-        return groups, times
+        everywhere = gather((groups, times))
+        shares = [groups for groups, _ in everywhere[::size]]
+        groups = [shares[i % len(shares)][i // len(shares)] for i in range(len(prompts))]
+        return groups, {key: max(times[key] for _, times in everywhere) for key in times}
 
     def _sample_turn(
         self,
@@ -162,20 +162,19 @@ class Sampler:
             for e in episodes
         ]
 
-        def finished(index: int, completion: Completion) -> None:
-            episode = episodes[index]
-            episode.ids += completion.completion_ids
-            episode.logprobs += completion.generator_logprobs
-            episode.sampled += [True] * len(completion.completion_ids)
-            episode.turns.append(_turn(self.tokenizer, requests[index].prompt_ids, completion.completion_ids))
-            episode.truncated = completion.truncated
-            episode.ended = completion.truncated or episode.prompt.environment is None
-            _keep(episode, journal)
+        with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
+            for index, completion in generate(self.engine, requests):
+                episode = episodes[index]
+                episode.ids += completion.completion_ids
+                episode.logprobs += completion.generator_logprobs
+                episode.sampled += [True] * len(completion.completion_ids)
+                episode.turns.append(_turn(self.tokenizer, requests[index].prompt_ids, completion.completion_ids))
+                episode.truncated = completion.truncated
+                episode.ended = completion.truncated or episode.prompt.environment is None
+                _keep(episode, journal)
+                bar.update()
 
-        with engine_errors():
-            self.engine.generate(requests, description=description, finished=finished)
-
-    def _answer(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
+    def _reply(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
         """Adds the environment's reply to each episode, or ends it."""
         calls = [Call(e.prompt.environment, list(e.turns), e.prompt.row) for e in episodes if e.prompt.environment]
         for episode, result in zip(episodes, self.pool.run(calls, "environment"), strict=True):
@@ -195,19 +194,20 @@ class Sampler:
             episode.logprobs += [0.0] * len(ids)
             episode.sampled += [False] * len(ids)
 
-    def _score(self, episodes: Sequence[_Episode], vote: bool, journal: Journal | None) -> list[Rollout]:
-        """The episodes, scored. What is judged is the last turn: an environment's replies may hold answers."""
-        known: list[dict[str, Any]] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
+    def _reward(self, episodes: Sequence[_Episode], vote: bool, journal: Journal | None) -> list[Rollout]:
+        """The episodes with rewards. What is judged is the last turn: an environment's replies may hold answers."""
+        known: list[Known] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
         todo = [i for i, record in enumerate(known) if "solved" not in record]
         step = SCORED_AT_ONCE if journal else max(1, len(todo))
         for first in range(0, len(todo), step):
             part = todo[first : first + step]
             judged = [episodes[i] for i in part]
             scores = self.pool.rewards([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in judged])
-            answers: list[Any] = [None] * len(judged)
+            answers: list[str | None] = [None] * len(judged)
             if vote:
                 calls = [Call(f"{next(iter(e.prompt.rewards))}:answer", e.turns[-1], e.prompt.row) for e in judged]
-                answers = [result.value for result in self.pool.run(calls, "answers")]
+                values = [result.value for result in self.pool.run(calls, "answers")]
+                answers = [None if value is None else str(value) for value in values]
             for i, episode, score, answer in zip(part, judged, scores, answers, strict=True):
                 reward, solved, failed = (0.0, False, True) if episode.failed else score
                 known[i] = {"reward": reward, "solved": solved, "failed": failed, "answer": answer}

@@ -156,7 +156,7 @@ class MismatchSettings(Settings):
     """What is done about the engine's log-probs not being the trainer's."""
 
     mismatch_correction: MismatchCorrection = "off"
-    """off, truncate (TIS) or mask (IcePop) by the ratio of old to generator log-probs."""
+    """off, truncate (TIS) or mask (IcePop) by the ratio of old to engine log-probs."""
     mismatch_bounds: tuple[float, float] = (0.5, 2.0)
     """That ratio's bounds."""
     probe_factor: Annotated[float | None, INCIDENTAL] = 20.0

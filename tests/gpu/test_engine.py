@@ -38,7 +38,7 @@ def test_an_engine_that_sleeps_and_wakes_twenty_times_samples_as_before_and_take
         start = time.perf_counter()
         engine.sync_weights(full_weights(policy.lm))
         seconds.append(time.perf_counter() - start)
-        completions = engine.generate(REQUESTS, description="test")
+        completions = [c for _, c in sorted(engine.generate(REQUESTS))]
         awake.append(used(gpu))
         if cycle == 0:
             first = completions

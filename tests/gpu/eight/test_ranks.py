@@ -197,7 +197,7 @@ def test_the_first_half_trains_while_servers_on_the_second_sample(runs, servers,
         rest = VLLMServers([server.url for server in servers[:-1]])
         rest.start(small_model, context_length=64)
         rest.sync_weights(weights.items())
-        assert len(rest.generate([SamplingRequest((5, 6, 7), 8, seed=1)], description="test")) == 1
+        assert len(list(rest.generate([SamplingRequest((5, 6, 7), 8, seed=1)]))) == 1
 
 
 @pytest.mark.vllm

@@ -1,7 +1,12 @@
-"""What runs inside vLLM's workers: taking over new weights, and what its CPU build needs on top."""
+"""All that patches vLLM or reaches into it, here and in its workers: what may move with its version.
 
-from collections.abc import Iterable, Iterator, Mapping
+Taking over new weights, running requests step by step, and what the CPU build needs on top. That each name still exists
+in the vLLM that is installed: ``tests/test_private_names.py``.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
@@ -11,11 +16,17 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
+from vllm.outputs import RequestOutput
 
 from aspo_lightning.engines.transfer import Stream
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 # A reload makes each layer anew before it copies it over the old one. For the largest two that would be felt, so they
 # stay where they are, for ``load_in_place``.
@@ -67,7 +78,9 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
         assert stream is not None
         try:
             with set_current_vllm_config(self.vllm_config):
-                self.model.load_weights(load_in_place(embeddings(self.model), stream.receive()))  # type: ignore[operator]
+                load = self.model.load_weights
+                assert callable(load)
+                load(load_in_place(embeddings(self.model), stream.receive()))
         except BaseException:
             stream.close()  # so that the trainer doesn't wait
             self.finish_weight_update()  # vLLM calls it off without, and the next update would find layers half made
@@ -96,7 +109,7 @@ def load_in_place(
     """Copies weights of ``modules`` to where they are, and passes on the others."""
     for name, tensor in named_tensors:
         if name in modules:
-            modules[name].weight_loader(modules[name].weight, tensor)  # type: ignore[arg-type]
+            modules[name].weight_loader(modules[name].get_parameter("weight"), tensor)
         else:
             yield name, tensor
 
@@ -113,11 +126,33 @@ def pack_head(model: nn.Module) -> None:
     """Packs the head again, as the CPU build does after loading."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator]
+            assert isinstance(module.quant_method, QuantizeMethodBase)
+            module.quant_method.process_weights_after_loading(module)
 
 
 def forget_expert_kernels(model: nn.Module) -> None:
     """Has the CPU build pack a mixture's experts again in a reload: it only does so where there is no kernel yet."""
     for module in model.modules():
-        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
-            module.quant_method.moe_kernel = None  # type: ignore[union-attr]
+        if isinstance(method := getattr(module, "quant_method", None), FusedMoEMethodBase):
+            method.moe_kernel = None
+
+
+def places(ids: Sequence[str]) -> dict[str, int]:
+    """By the id that an output has, the place of its request in what ``LLM.enqueue`` returned: ids with a suffix."""
+    return {id.partition("-")[0]: place for place, id in enumerate(ids)}
+
+
+def running(llm: "LLM") -> bool:
+    """Whether a request isn't finished yet."""
+    return llm.llm_engine.has_unfinished_requests()
+
+
+def step(llm: "LLM") -> list[RequestOutput]:
+    """Samples a token of each request that runs. Returns the requests that it finishes."""
+    outputs = llm.llm_engine.step()
+    return [output for output in outputs if isinstance(output, RequestOutput) and output.finished]
+
+
+def cancel(llm: "LLM", ids: Sequence[str]) -> None:
+    """Ends those requests that aren't finished yet, by the ids that ``LLM.enqueue`` returned."""
+    llm.llm_engine.abort_request(list(ids), internal=True)

@@ -1,0 +1,29 @@
+"""What ranks do together, through torch.distributed. A process on its own is rank 0 of one."""
+
+from typing import TypeVar
+
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """The ``value`` of each rank, in their order, on all of them. Collective; values are pickled."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Returns when all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
