@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aspo_lightning.errors import ConfigError, EngineError
+from aspo_lightning.errors import AspoError, ConfigError, EngineError
 from aspo_lightning.types import Completion
 
 
@@ -41,7 +41,7 @@ def engine_errors(*, at_start: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError:
+    except AspoError:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import AspoError
 from aspo_lightning.evaluation.results import TABLE, Results
 from aspo_lightning.run.callbacks import _print
 from aspo_lightning.run.folder import run_folder
@@ -61,7 +61,7 @@ class EvaluationResults(Callback):
         for again in itertools.count():
             try:
                 self._open(trainer, run.evaluation(trainer.global_step, again), settings)
-            except ConfigError:
+            except AspoError:
                 continue  # of a run that was resumed from before that step, not to the bit as it was
             return
 

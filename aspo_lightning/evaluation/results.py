@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.evaluation.metrics import Measurement
 from aspo_lightning.identity import differences
 from aspo_lightning.run.disk import write_text
@@ -142,7 +142,12 @@ def read_known(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the folder is empty, or one in which an evaluation with these settings goes on."""
+    """Checks that the folder is empty, or one in which an evaluation with these settings resumes.
+
+    Raises:
+        ConfigError: if it holds something else.
+        RunError: if it is damaged.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -154,7 +159,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     try:
         there = json.loads((folder / SETTINGS).read_text())
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{folder / SETTINGS} is damaged: {error}. Choose another folder by --out.") from error
+        raise RunError(f"{folder / SETTINGS} is damaged: {error}. Choose another folder by --out.") from error
     for key, (before, now) in differences(there, settings).items():
         raise ConfigError(
             f"{folder} holds results of another evaluation: {key} is {before!r} there and {now!r} here. Nothing was "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.disk import digest_path, file_digest, not_written, sync_to_disk, write_text
 
 METADATA = "meta.pt"  # Lightning's name for what isn't sharded in a sharded checkpoint
@@ -62,7 +62,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_whole(path: Path) -> None:
-    """Raises ConfigError if a checkpoint (a file, or the folder of a sharded one) is damaged, as far as can be told."""
+    """Checks a checkpoint (a file, or the folder of a sharded one) for damage, as far as can be told.
+
+    Raises:
+        ConfigError: if it doesn't exist.
+        RunError: if it is damaged.
+    """
     path = path.resolve()
     if not path.exists():
         raise ConfigError(f"The checkpoint {path} doesn't exist. --ckpt_path last takes the newest run's newest one.")
@@ -79,7 +84,7 @@ def check_whole(path: Path) -> None:
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error)
     if reason:
-        raise ConfigError(
+        raise RunError(
             f"The checkpoint {path} is damaged: {reason}. Resume from another; with the run's folder as --ckpt_path "
             "that is the newest whole one."
         )
@@ -92,6 +97,7 @@ def load(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[s
 
     Raises:
         ConfigError: if it holds something else.
+        RunError: if it is damaged.
     """
     try:
         content = torch.load(path, weights_only=True, map_location=map_location, mmap=mmap)
@@ -102,7 +108,7 @@ def load(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[s
                 "of your own put it there, keep plain data in its state_dict."
             ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"{path} can't be read: {reason}") from error
+        raise RunError(f"{path} can't be read: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} isn't a checkpoint: it holds a {type(content).__name__}.")
     return content
@@ -115,7 +121,8 @@ def metadata(checkpoint: Path) -> dict[str, Any]:
     """What isn't sharded in a checkpoint of ``aspo fit``; of one that isn't sharded all of it, not read from the disk.
 
     Raises:
-        ConfigError: if it isn't one, or can't be read.
+        ConfigError: if it isn't one.
+        RunError: if it is damaged.
     """
     content = load(checkpoint / METADATA if checkpoint.is_dir() else checkpoint, mmap=True)
     settings = content.get("model")

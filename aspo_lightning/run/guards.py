@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from aspo_lightning.errors import RESUME, ConfigError
+from aspo_lightning.errors import RESUME, ConfigError, RunError
 from aspo_lightning.run.callbacks import measured_since
 from aspo_lightning.run.folder import run_folder
 
@@ -49,7 +49,7 @@ class NonFiniteGuard(Callback):
         mine = (p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters())
         finite = all(bool(p.isfinite().all()) for p in mine)
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise ConfigError(
+            raise RunError(
                 f"The policy's weights aren't finite, found in step {trainer.global_step}; no checkpoint has them. "
                 f"{RESUME}."
             )
@@ -64,7 +64,7 @@ class NonFiniteGuard(Callback):
             batches = trainer.datamodule.phase.micro_batches[batch_idx + 1 - k : batch_idx + 1]  # type: ignore[attr-defined]
             torch.save([asdict(b) for b in batches], path)
             kept = f" Its micro-batches are in {path}."
-        raise ConfigError(
+        raise RunError(
             f"The loss or gradient wasn't finite in {self.patience} optimizer steps in a row, up to step "
             f"{trainer.global_step}; they were skipped.{kept} {RESUME}, with a lower learning rate if it was too high."
         )
@@ -91,7 +91,7 @@ class RatioCanary(Callback):
         tolerance = self.tolerance or (1e-3 if trainer.precision == "32-true" else 0.02)
         mean = log_ratio.abs().mean().item()
         if tolerance < mean < math.inf:  # what isn't finite is NonFiniteGuard's
-            raise ConfigError(
+            raise RunError(
                 f"The first ratios of a phase must be 1, but their mean |log ratio| in epoch {trainer.current_epoch} "
                 f"is {mean:.3g} (allowed: {tolerance:g}). The policy is trained as another one than it was scored as: "
                 f"look for a temperature, a mask or a dropout that differs. {RESUME} when that is found."
@@ -150,7 +150,7 @@ class CollapseGuard(Callback):
         signs = self.signs()
         for sign, message in signs.items():
             if self.stop:
-                raise ConfigError(f"{message} {RESUME}, or leave CollapseGuard.stop out.")
+                raise RunError(f"{message} {RESUME}, or leave CollapseGuard.stop out.")
             if sign not in self._told:  # and again only when it has gone and come back
                 rank_zero_warn(message)
         self._told = set(signs)
