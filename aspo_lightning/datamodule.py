@@ -23,6 +23,7 @@ from aspo_lightning.rollouts.loop import Policy, Rollouts, sync
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings, check_phase
+from aspo_lightning.run.lightning import accumulate, next_epoch, no_stop_before
 from aspo_lightning.tasks.base import Task, without_held_out, without_long
 from aspo_lightning.types import Evaluation, Phase, Prompt
 
@@ -152,15 +153,14 @@ class RolloutDataModule(LightningDataModule):
         """The micro-batches of the epoch that comes next; sampled once, however often this is called."""
         trainer = self.trainer
         assert trainer is not None
-        # Not current_epoch: on resume Lightning asks first while that still is the epoch already finished.
-        epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        epoch = next_epoch(trainer)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
-            return Phase(epoch, [], accumulate=1, groups=[])  # a run resumed behind its end
+            return Phase(epoch, [], accumulate=1, groups=[])  # resumed after it had finished
         if self.phase is None or self.phase.epoch != epoch:
             assert self.rollouts is not None
             self.phase = self.rollouts.phase(self._policy, epoch)
             no_stop_before(trainer, trainer.global_step + len(self.phase) // self.phase.accumulate)
-        trainer.accumulate_grad_batches = self.phase.accumulate
+        accumulate(trainer, self.phase.accumulate)
         return self.phase
 
     def val_dataloader(self) -> list["_EvaluationLoader"]:
@@ -179,7 +179,7 @@ class RolloutDataModule(LightningDataModule):
     def _forget_phase(self) -> None:
         self.phase = None  # what comes next may be another model
         if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = 1
+            accumulate(self.trainer, 1)
 
     def close(self) -> None:
         """Frees the engine, which otherwise stays for another fit, validate or test."""
@@ -213,7 +213,7 @@ class RolloutDataModule(LightningDataModule):
             self.results.add(name, groups, measurements)
         return Evaluation(groups, {f"eval/{name}/{key}": m.value for key, m in measurements.items()})
 
-    def evaluation_settings(self) -> dict[str, Any]:
+    def evaluation_settings(self) -> dict[str, object]:
         """All that the numbers of an evaluation depend on, as plain data; the policy's weights too (collective)."""
         assert self.trainer is not None
         sampling = next(iter(self.evaluations.values()))
@@ -326,14 +326,3 @@ def check_trainer(trainer: Any, phase: Phase | None) -> None:
                 "weights meant for all of them. Leave it out; data.prompts_per_phase and data.optimizer_steps make a "
                 "phase smaller."
             )
-
-
-def no_stop_before(trainer: Trainer, step: int) -> None:
-    """Has whatever stops a run (max_steps, max_time, EarlyStopping) wait for the end of the phase, at ``step``.
-
-    A phase stopped within could not be resumed: it is sampled by weights that are gone.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    loop.min_steps = max(loop.min_steps or 0, step)
-    if trainer.global_step < loop.max_steps < step:
-        loop.max_steps = step

@@ -44,6 +44,7 @@ from aspo_lightning.policy.hub import load_config
 from aspo_lightning.policy.weights import without_frozen
 from aspo_lightning.run.checkpoints import DIGESTS, METADATA, check_whole, load
 from aspo_lightning.run.disk import file_digest, not_written, sync_to_disk, write_text
+from aspo_lightning.run.lightning import started_ranks
 
 TIMEOUT_MINUTES = 120
 """Ranks wait for the longest completion of a phase, and for the longest evaluation."""
@@ -160,7 +161,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Says which other rank ended first: what is raised here then is only that a connection was lost."""
-        for rank, process in enumerate(getattr(self._launcher, "procs", []), start=1):
+        for rank, process in enumerate(started_ranks(self), start=1):
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=1)
                 reason = f"it was killed by {signal.Signals(-code).name}" if code < 0 else "see its own error"

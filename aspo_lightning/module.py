@@ -21,6 +21,7 @@ from aspo_lightning.policy.causal_lm import ScoredCausalLM, score_batches
 from aspo_lightning.policy.hub import resolve_model
 from aspo_lightning.policy.weights import full_weights, set_adapters, whole, without_frozen
 from aspo_lightning.run.checkpoints import check_between_phases
+from aspo_lightning.run.lightning import trainer_of
 from aspo_lightning.types import Evaluation, MicroBatch
 
 TOKEN_METRICS = [
@@ -109,8 +110,14 @@ class ASPOModule(LightningModule):
         """Whether the last optimizer step was taken: its loss and gradient were finite, on all ranks."""
         self._loss_is_finite = torch.tensor(True)
         self.policy: ScoredCausalLM | None = None
-        self.reference: ScoredCausalLM | None = None
+        # In a tuple, which hides it from torch: it is in no checkpoint and no optimizer, and train() leaves it alone.
+        self._reference: tuple[ScoredCausalLM, ...] = ()
         self.token_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in TOKEN_METRICS})
+
+    @property
+    def reference(self) -> ScoredCausalLM | None:
+        """The frozen reference, once it is loaded."""
+        return self._reference[0] if self._reference else None
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision not in PRECISIONS:
@@ -121,17 +128,17 @@ class ASPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy, and the reference as soon as there is a fit: from the original weights, both of them."""
-        fits = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        trainer = trainer_of(self)
+        fits = trainer is None or trainer.state.fn == TrainerFn.FITTING
         if self.policy is None:
             self.policy = self._load()
         # With adapters the reference is the policy without them.
         if fits and self.kl_coef > 0 and not self.load_settings["lora_rank"] and self.reference is None:
-            reference = self._load().eval().requires_grad_(False)
-            # Not a registered submodule: so it is in no checkpoint and no optimizer, and train() leaves it alone.
-            object.__setattr__(self, "reference", reference)
+            self._reference = (self._load().eval().requires_grad_(False),)
 
     def _load(self) -> ScoredCausalLM:
-        strategy = self.trainer.strategy if self._trainer else None
+        trainer = trainer_of(self)
+        strategy = trainer.strategy if trainer else None
         load = strategy.load if isinstance(strategy, FSDP2Strategy) else ScoredCausalLM.from_pretrained
         return load(self.model_name_or_path, **self.load_settings)
 
@@ -202,7 +209,7 @@ class ASPOModule(LightningModule):
         return {"loss": loss, "log_ratio": logprobs.detach() - batch.old_logprobs}
 
     def _log_metrics(self, loss: Tensor, metrics: dict[str, TokenMean]) -> None:
-        self.log("policy/loss", loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self._log("policy/loss", loss)
         for name, (value, tokens) in metrics.items():
             metric = cast(MeanMetric, self.token_metrics[name])
             metric.update(value, tokens)
@@ -210,7 +217,20 @@ class ASPOModule(LightningModule):
                 mean = metric.compute()  # over all ranks
                 metric.reset()
                 if not mean.isnan():  # a phase without a useful group measures nothing
-                    self.log(f"policy/{name}", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+                    self._log(f"policy/{name}", mean)
+
+    def _log(self, tag: str, value: Tensor | float, *, reduce_fx: str = "mean", sync_dist: bool = True) -> None:
+        """Logs a measurement of the epoch; ``PhaseReport`` writes it when the epoch ends."""
+        self.log(
+            tag,
+            value,
+            on_step=False,
+            on_epoch=True,
+            logger=False,
+            batch_size=1,
+            reduce_fx=reduce_fx,
+            sync_dist=sync_dist,
+        )
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = [p for p in self.parameters() if p.grad is not None]
@@ -229,15 +249,9 @@ class ASPOModule(LightningModule):
             # No group told anything in this phase, or nothing usable. Without gradients AdamW leaves the weights alone;
             # with zeros it would move them, by momentum and decay.
             optimizer.zero_grad(set_to_none=True)
-        self.log(
-            "policy/skipped_steps",
-            float(not self.step_is_finite),
-            on_step=False,
-            on_epoch=True,
-            reduce_fx="sum",
-            batch_size=1,
-        )
-        self.log("policy/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        # Not over ranks, which skip together.
+        self._log("policy/skipped_steps", float(not self.step_is_finite), reduce_fx="sum", sync_dist=False)
+        self._log("policy/grad_norm", norm)
 
     def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of each weight, one at a time; tied weights once. For the engine."""

@@ -17,7 +17,6 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from aspo_lightning.cli.ranks import wait_for_ranks
 from aspo_lightning.datamodule import RolloutDataModule
-from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResults
 from aspo_lightning.identity import TRAINER, counting, differences
@@ -28,6 +27,7 @@ from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_resumable, 
 from aspo_lightning.run.disk import check_writable
 from aspo_lightning.run.folder import RunFolder, RunRecord, find_checkpoint, is_run, last_run, new_run
 from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
+from aspo_lightning.run.lightning import callback_of
 from aspo_lightning.run.memory import peak_memory
 
 GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
@@ -152,7 +152,7 @@ class ASPOCLI(LightningCLI):
         if self.run is not None and self.trainer.is_global_zero:
             print(f"Run {self.run.path}. If it is stopped, resume it with\n{resume_command(self.run)}", flush=True)
         if self.trainer.world_size == 1:
-            Watchdog.on_hang = staticmethod(lambda reason: start_again(reason, self.run))
+            self.datamodule.engine.when_it_hangs(lambda reason: start_again(reason, self.run))
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Called as ``trainer.fit`` by LightningCLI."""
@@ -169,9 +169,9 @@ class ASPOCLI(LightningCLI):
             print(fit_summary(self.trainer, self.run), flush=True)
         wait_for_ranks(self.trainer)
         if self.trainer.is_global_zero:
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if (received := next(c for c in callbacks if isinstance(c, GracefulStop)).received) is not None:
-                sys.exit(128 + received)  # as if it had not been caught: the run isn't at its end
+            stop = callback_of(self.trainer, GracefulStop)
+            if stop is not None and stop.received is not None:
+                sys.exit(128 + stop.received)  # as if it had not been caught: the run isn't at its end
 
     def after_validate(self) -> None:
         self.datamodule.close()
@@ -215,8 +215,8 @@ def resume_command(run: RunFolder) -> str:
 
 def fit_summary(trainer: Trainer, run: RunFolder) -> str:
     """What came of a fit, where it is, and what to type next."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    report = next(c for c in callbacks if isinstance(c, EvaluationReport))
+    report = callback_of(trainer, EvaluationReport)
+    assert report is not None
     lines = [
         f"{name}: {report.before[name]:.3f} before, {report.after[name]:.3f} after"
         for name in report.before

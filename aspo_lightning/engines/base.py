@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aspo_lightning.engines.watchdog import end_process
 from aspo_lightning.errors import AspoError, ConfigError, EngineError
 from aspo_lightning.types import Completion
 
@@ -55,6 +56,12 @@ class Generator(ABC):
 
     tensor_parallel_size: int = 1
     """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""
+
+    _on_hang: Callable[[str], None] = staticmethod(end_process)
+
+    def when_it_hangs(self, on_hang: Callable[[str], None]) -> None:
+        """Has ``on_hang`` called, with the reason, instead of ending this process. Not all engines can tell."""
+        self._on_hang = on_hang
 
     @property
     def weights_dtype(self) -> torch.dtype | None:

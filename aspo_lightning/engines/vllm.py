@@ -140,7 +140,7 @@ class VLLMEngine(Generator):
         completions: dict[int, Completion] = {}
         with (
             tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar,
-            Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s") as watchdog,
+            Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s", self._on_hang) as watchdog,
         ):
             while llm.llm_engine.has_unfinished_requests():
                 watchdog.alive()

@@ -36,7 +36,7 @@ class Results:
         ConfigError: if the folder holds something else.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_folder(folder, self.settings)

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from aspo_lightning.errors import AspoError, ConfigError, RunError
 from aspo_lightning.run.checkpoints import METADATA, check_whole, metadata, trained_steps
 from aspo_lightning.run.disk import write_text
+from aspo_lightning.run.lightning import callback_of
 from aspo_lightning.run.provenance import git_revision, versions
 
 
@@ -205,5 +206,5 @@ class RunRecord(Callback):
 
 def run_folder(trainer: Trainer) -> RunFolder | None:
     """Of the run that a Trainer carries, where one is kept."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback.folder for callback in callbacks if isinstance(callback, RunRecord)), None)
+    record = callback_of(trainer, RunRecord)
+    return record.folder if record else None

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from aspo_lightning.errors import RESUME, ConfigError, RunError
 from aspo_lightning.run.callbacks import measured_since
 from aspo_lightning.run.folder import run_folder
+from aspo_lightning.run.lightning import keep_signal_handlers, phase_of
 
 
 class NonFiniteGuard(Callback):
@@ -61,7 +62,7 @@ class NonFiniteGuard(Callback):
         kept = ""
         if folder := run_folder(trainer):
             path = folder.not_finite(trainer.global_step, trainer.global_rank)
-            batches = trainer.datamodule.phase.micro_batches[batch_idx + 1 - k : batch_idx + 1]  # type: ignore[attr-defined]
+            batches = phase_of(trainer).micro_batches[batch_idx + 1 - k : batch_idx + 1]
             torch.save([asdict(b) for b in batches], path)
             kept = f" Its micro-batches are in {path}."
         raise RunError(
@@ -209,8 +210,7 @@ class GracefulStop(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        # Lightning's own handler broadcasts to the other ranks, which are busy with something else: both would wait.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        keep_signal_handlers(trainer)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
