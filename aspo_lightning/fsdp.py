@@ -41,6 +41,7 @@ from torch.distributed.fsdp import (
 
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.hub import load_config
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import without_frozen
 from aspo_lightning.run.checkpoints import DIGESTS, METADATA, check_whole, load
 from aspo_lightning.run.disk import file_digest, not_written, sync_to_disk, write_text
@@ -76,16 +77,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         # What stays on the host (rollouts; with cpu_offload gradients too) is exchanged there.
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
-    def load(self, model_name_or_path: str, **settings: Any) -> ScoredCausalLM:
+    def load(self, model_name_or_path: str, settings: ModelSettings) -> ScoredCausalLM:
         """A sharded model. Rank 0 reads it, the others get their shards tensor by tensor."""
         source = None
         if self.global_rank == 0:
             dtype = source_dtype(model_name_or_path, settings)
-            source = ScoredCausalLM.from_pretrained(model_name_or_path, **{**settings, "dtype": dtype})
+            source = ScoredCausalLM.from_pretrained(model_name_or_path, settings, dtype=dtype)
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         if self.precision_plugin.precision == "bf16-mixed":
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if settings["dtype"] == torch.float64:
+        if settings.torch_dtype == torch.float64:
             precision = MixedPrecisionPolicy()
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
         return load_sharded(
@@ -212,19 +213,19 @@ StrategyRegistry.register(
 def load_sharded(
     source: ScoredCausalLM | None,
     model_name_or_path: str,
-    settings: dict[str, Any],
+    settings: ModelSettings,
     *,
     mesh: DeviceMesh,
     device: torch.device,
-    **policies: Any,
+    mp_policy: MixedPrecisionPolicy = MixedPrecisionPolicy(),
+    offload_policy: OffloadPolicy = OffloadPolicy(),
 ) -> ScoredCausalLM:
     """A sharded copy of ``source``, which only rank 0 has, in the dtype of ``settings``. Collective."""
-    model = ScoredCausalLM.from_pretrained(model_name_or_path, weights=False, **settings)
-    for block in blocks(model.lm):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, **policies)
+    model = ScoredCausalLM.from_pretrained(model_name_or_path, settings, weights=False)
     # The root holds embedding, last norm and head. It is resharded as well: then weights are always sharded between
     # forward passes, whatever comes next.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, **policies)
+    for part in (*blocks(model.lm), model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=mp_policy, offload_policy=offload_policy)
     model.to_empty(device=device)
     model.lm.tie_weights()
     set_model_state_dict(
@@ -248,13 +249,13 @@ def load_sharded(
     return model
 
 
-def source_dtype(model_name_or_path: str, settings: dict[str, Any]) -> torch.dtype:
+def source_dtype(model_name_or_path: str, settings: ModelSettings) -> torch.dtype:
     """What to read a model in that becomes shards of another dtype: its own, if that takes less memory."""
-    own, wanted = load_config(model_name_or_path).dtype, settings["dtype"]
+    own, wanted = load_config(model_name_or_path).dtype, settings.torch_dtype
     if not isinstance(own, torch.dtype) or own.itemsize >= wanted.itemsize:
         return wanted
     # Buffers aren't read but computed, and the shards have them from there: they mustn't be rounded (Gemma's scale is).
-    model = ScoredCausalLM.from_pretrained(model_name_or_path, weights=False, **{**settings, "dtype": own})
+    model = ScoredCausalLM.from_pretrained(model_name_or_path, settings, dtype=own, weights=False)
     return wanted if any(buffer.dtype == own for buffer in model.buffers()) else own
 
 

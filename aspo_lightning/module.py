@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal, cast
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,10 +16,10 @@ from torchmetrics import MeanMetric
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
-from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.policy.causal_lm import ScoredCausalLM, score_batches
 from aspo_lightning.policy.hub import resolve_model
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import full_weights, set_adapters, whole, without_frozen
 from aspo_lightning.run.checkpoints import check_between_phases
 from aspo_lightning.run.lightning import trainer_of
@@ -50,12 +51,7 @@ class ASPOModule(LightningModule):
         entropy_coef: weight of an entropy bonus.
         optimizer: AdamW with the paper's learning rate and the released script's weight decay.
         lr_scheduler: stepped with every optimizer step. None keeps the learning rate.
-        dtype: of the weights that are trained; compute precision is ``trainer.precision``.
-        gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
-        chunk_size: vocabulary entries whose logits the scorer holds at a time. None: 4096; on a CPU
-            fewer where there are many tokens.
-        lora_rank: trains low-rank adapters of this rank instead of the weights. 0: the weights.
-        lora_alpha: the adapters' product is scaled by lora_alpha / lora_rank.
+        settings: of the model, see ``ModelSettings``.
     """
 
     def __init__(
@@ -68,13 +64,10 @@ class ASPOModule(LightningModule):
         entropy_coef: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.1),
         lr_scheduler: LRSchedulerCallable | None = None,
-        dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        gradient_checkpointing: Annotated[bool, INCIDENTAL] = False,
-        chunk_size: Annotated[int | None, INCIDENTAL] = None,
-        lora_rank: int = 0,
-        lora_alpha: float = 32.0,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        self.settings = ModelSettings(**settings)
         if not 0 < temperature < math.inf:
             raise ConfigError(
                 f"model.temperature = data.temperature is {temperature}; training divides logits by it, so it must be "
@@ -84,12 +77,6 @@ class ASPOModule(LightningModule):
             raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
         if not math.isfinite(entropy_coef):
             raise ConfigError(f"model.entropy_coef is {entropy_coef}; it is a finite number (0 is no bonus).")
-        if not 0 <= lora_alpha < math.inf:
-            raise ConfigError(f"model.lora_alpha is {lora_alpha}; it is >= 0.")
-        if chunk_size is not None and chunk_size < 1:
-            raise ConfigError(f"model.chunk_size is {chunk_size}; it must be at least 1.")
-        if lora_rank < 0:
-            raise ConfigError(f"model.lora_rank is {lora_rank}; it is >= 0 (0 trains the weights themselves).")
         self.model_name_or_path = resolve_model(model_name_or_path)
         self.objective = objective
         self.temperature = temperature
@@ -98,14 +85,7 @@ class ASPOModule(LightningModule):
         self.entropy_coef = entropy_coef
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.load_settings: dict[str, Any] = {
-            "dtype": getattr(torch, dtype),
-            "gradient_checkpointing": gradient_checkpointing,
-            "chunk_size": chunk_size,
-            "lora_rank": lora_rank,
-            "lora_alpha": lora_alpha,
-        }
-        self.strict_loading = lora_rank == 0  # a frozen base is in no checkpoint
+        self.strict_loading = self.settings.lora_rank == 0  # a frozen base is in no checkpoint
         self.step_is_finite = True
         """Whether the last optimizer step was taken: its loss and gradient were finite, on all ranks."""
         self._loss_is_finite = torch.tensor(True)
@@ -133,14 +113,14 @@ class ASPOModule(LightningModule):
         if self.policy is None:
             self.policy = self._load()
         # With adapters the reference is the policy without them.
-        if fits and self.kl_coef > 0 and not self.load_settings["lora_rank"] and self.reference is None:
+        if fits and self.kl_coef > 0 and not self.settings.lora_rank and self.reference is None:
             self._reference = (self._load().eval().requires_grad_(False),)
 
     def _load(self) -> ScoredCausalLM:
         trainer = trainer_of(self)
         strategy = trainer.strategy if trainer else None
         load = strategy.load if isinstance(strategy, FSDP2Strategy) else ScoredCausalLM.from_pretrained
-        return load(self.model_name_or_path, **self.load_settings)
+        return load(self.model_name_or_path, self.settings)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
@@ -166,7 +146,7 @@ class ASPOModule(LightningModule):
         old = self._logprobs(self.policy, [*batches, *without_reference], "score")
         if self.kl_coef == 0 or not batches:
             ref = []
-        elif self.load_settings["lora_rank"]:
+        elif self.settings.lora_rank:
             set_adapters(self.policy, False)
             ref = self._logprobs(self.policy, batches, "score reference")
             set_adapters(self.policy, True)
@@ -260,7 +240,8 @@ class ASPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
-        checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **self.load_settings}  # for aspo export
+        # For aspo export.
+        checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **asdict(self.settings)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:

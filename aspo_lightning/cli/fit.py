@@ -21,6 +21,7 @@ from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResults
 from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_resumable, trained_steps
@@ -278,7 +279,7 @@ def computation(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
     return {
         "seed_everything": config.get("seed_everything"),
-        "model": counting(config.get("model") or {}, ASPOModule),
+        "model": counting(config.get("model") or {}, ASPOModule, ModelSettings),
         "data": counting(config.get("data") or {}, RolloutDataModule, RolloutSettings),
         "trainer": {key: trainer.get(key) for key in TRAINER},
     }

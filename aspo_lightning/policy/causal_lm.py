@@ -17,6 +17,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy import attention
 from aspo_lightning.policy.attention import Packing
 from aspo_lightning.policy.fast_linears import use_fast_linears
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import add_lora
 from aspo_lightning.scorer import token_logprobs
 from aspo_lightning.types import MicroBatch
@@ -61,19 +62,22 @@ class ScoredCausalLM(nn.Module):
     def from_pretrained(
         cls,
         model_name_or_path: str,
+        settings: ModelSettings = ModelSettings(),
         *,
-        dtype: torch.dtype = torch.float32,
-        gradient_checkpointing: bool = False,
-        chunk_size: int | None = None,
-        lora_rank: int = 0,
-        lora_alpha: float = 32.0,
+        dtype: torch.dtype | None = None,
         weights: bool = True,
     ) -> "ScoredCausalLM":
         """Loads a hub name or a local folder, with every dropout switched off.
 
-        Dropout would make the policy differ from itself between rollout, old log-probs and update. Without ``weights``
-        the model is on the meta device, where it takes no memory.
+        Dropout would make the policy differ from itself between rollout, old log-probs and update.
+
+        Args:
+            model_name_or_path: where from.
+            settings: of the model.
+            dtype: of the weights, in place of that of ``settings``.
+            weights: whether to load them. Otherwise the model is on the meta device, where it takes no memory.
         """
+        dtype = dtype or settings.torch_dtype
         config = AutoConfig.from_pretrained(model_name_or_path)
         for part in (config, config.get_text_config()):
             for key, value in part.to_dict().items():
@@ -85,11 +89,11 @@ class ScoredCausalLM(nn.Module):
             with torch.device("meta"):
                 lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with lm.device:
-            if lora_rank:
-                add_lora(lm, lora_rank, lora_alpha)
-        if gradient_checkpointing:
+            if settings.lora_rank:
+                add_lora(lm, settings.lora_rank, settings.lora_alpha)
+        if settings.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(lm.train(), chunk_size=chunk_size)
+        return cls(lm.train(), chunk_size=settings.chunk_size)
 
     def forward(
         self, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
