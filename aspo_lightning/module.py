@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
@@ -20,10 +21,10 @@ from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, k
 from aspo_lightning.policy.causal_lm import ScoredCausalLM, score_batches
 from aspo_lightning.policy.hub import resolve_model
 from aspo_lightning.policy.settings import ModelSettings
-from aspo_lightning.policy.weights import full_weights, set_adapters, whole, without_frozen
+from aspo_lightning.policy.weights import full_tensor, full_weights, set_adapters, without_frozen
 from aspo_lightning.run.checkpoints import check_between_phases
 from aspo_lightning.run.lightning import trainer_of
-from aspo_lightning.types import Evaluation, MicroBatch
+from aspo_lightning.types import Evaluation, MicroBatch, State
 
 TOKEN_METRICS = [
     "entropy",
@@ -122,7 +123,7 @@ class ASPOModule(LightningModule):
         load = strategy.load if isinstance(strategy, FSDP2Strategy) else ScoredCausalLM.from_pretrained
         return load(self.model_name_or_path, self.settings)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
@@ -191,7 +192,8 @@ class ASPOModule(LightningModule):
     def _log_metrics(self, loss: Tensor, metrics: dict[str, TokenMean]) -> None:
         self._log("policy/loss", loss)
         for name, (value, tokens) in metrics.items():
-            metric = cast(MeanMetric, self.token_metrics[name])
+            metric = self.token_metrics[name]
+            assert isinstance(metric, MeanMetric)
             metric.update(value, tokens)
             if self.trainer.is_last_batch:
                 mean = metric.compute()  # over all ranks
@@ -220,7 +222,7 @@ class ASPOModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
-        norm = whole(norm)  # over all ranks
+        norm = full_tensor(norm)  # over all ranks
         self.step_is_finite = self.trainer.strategy.reduce_boolean_decision(
             bool(norm.isfinite() & self._loss_is_finite.to(norm.device)), all=True
         )
@@ -238,12 +240,12 @@ class ASPOModule(LightningModule):
         assert self.policy is not None
         return full_weights(self.policy.lm, dtype)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: State) -> None:
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         # For aspo export.
         checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **asdict(self.settings)}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: State) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_between_phases(checkpoint)
 

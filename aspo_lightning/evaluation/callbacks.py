@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from aspo_lightning.errors import AspoError
-from aspo_lightning.evaluation.results import TABLE, Results
+from aspo_lightning.evaluation.results import TABLE, Conditions, Results
 from aspo_lightning.run.callbacks import _print
 from aspo_lightning.run.folder import run_folder
 from aspo_lightning.run.lightning import datamodule_of, validate_now
@@ -21,8 +21,8 @@ class Evaluated(Protocol):
 
     results: Results | None
 
-    def evaluation_settings(self) -> dict[str, object]:
-        """All that the numbers of an evaluation depend on, as plain data. Collective."""
+    def evaluation_settings(self) -> Conditions:
+        """All that the numbers of an evaluation depend on. Collective."""
         ...
 
 

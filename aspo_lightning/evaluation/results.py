@@ -7,9 +7,9 @@ It holds ``result.json`` (settings, versions, measurements, scores of each probl
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from torch import distributed as dist
 
@@ -25,6 +25,68 @@ RESULT, COMPLETIONS, TABLE = "result.json", "completions.jsonl", "table.md"
 SETTINGS, JOURNAL = "settings.json", "journal"
 
 
+Known = dict[tuple[str, str, int], dict[str, object]]
+"""What is known of each completion, by benchmark, problem and sample; see ``sampling.Journal``."""
+
+
+class BenchmarkConditions(TypedDict):
+    """What the numbers of one benchmark depend on."""
+
+    samples: int
+    prompts: str
+    """Digest of its problems."""
+    task: object
+
+
+class Conditions(TypedDict):
+    """All that the numbers of an evaluation depend on, as plain data."""
+
+    model: str
+    weights: str
+    """Digest."""
+    seed: int
+    temperature: float
+    top_p: float
+    max_prompt_length: int
+    max_completion_length: int
+    k: list[int]
+    reward_timeout_s: float
+    engine: object
+    benchmarks: dict[str, BenchmarkConditions]
+
+
+class Problem(TypedDict):
+    """Of each of its completions: reward, whether it is a full solution, and what it answers."""
+
+    id: str
+    rewards: list[float]
+    solved: list[bool]
+    answers: list[str | None]
+
+
+class Interval(TypedDict):
+    """A ``Measurement`` as plain data."""
+
+    value: float
+    low: float
+    high: float
+
+
+class BenchmarkResult(TypedDict):
+    """What came of one benchmark."""
+
+    measurements: dict[str, Interval]
+    problems: list[Problem]
+
+
+class Result(TypedDict):
+    """``result.json``."""
+
+    settings: Conditions
+    versions: dict[str, str]
+    benchmarks: dict[str, BenchmarkResult]
+
+
 class Results:
     """The folder of an evaluation. Every rank has one; the first writes what is of all.
 
@@ -36,8 +98,9 @@ class Results:
         ConfigError: if the folder holds something else.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+    def __init__(self, folder: Path, settings: Conditions) -> None:
+        self.folder = folder
+        self.settings: Conditions = json.loads(json.dumps(settings))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_folder(folder, self.settings)
         _barrier()  # all have looked before one writes
@@ -76,12 +139,14 @@ class Results:
             write_text(
                 self.folder / COMPLETIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             )
-            result = {
+            result: Result = {
                 "settings": self.settings,
                 "versions": versions(),
                 "benchmarks": {
                     name: {
-                        "measurements": {key: m._asdict() for key, m in measurements.items()},
+                        "measurements": {
+                            key: Interval(value=m.value, low=m.low, high=m.high) for key, m in measurements.items()
+                        },
                         "problems": [
                             {
                                 "id": g.prompt.id,
@@ -100,7 +165,7 @@ class Results:
             shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
         _barrier()
 
-    def _known_or_read(self, benchmark: str, id: str, sample: int) -> dict[str, Any]:
+    def _known_or_read(self, benchmark: str, id: str, sample: int) -> dict[str, object]:
         if (key := (benchmark, id, sample)) not in self._known:
             self._known |= read_known(self.folder)  # what the other ranks have added
         return self._known[key]
@@ -109,13 +174,13 @@ class Results:
 class FileJournal:
     """Keeps what is known of a benchmark's completions as lines of JSON; see ``sampling.Journal``."""
 
-    def __init__(self, path: Path, benchmark: str, known: dict[tuple[str, str, int], dict[str, Any]]) -> None:
+    def __init__(self, path: Path, benchmark: str, known: Known) -> None:
         self._path, self._benchmark, self._known = path, benchmark, known
 
-    def get(self, prompt_id: str, sample: int) -> dict[str, Any]:
+    def get(self, prompt_id: str, sample: int) -> dict[str, object]:
         return self._known.get((self._benchmark, prompt_id, sample), {})
 
-    def add(self, prompt_id: str, sample: int, **known: Any) -> None:
+    def add(self, prompt_id: str, sample: int, **known: object) -> None:
         self._known.setdefault((self._benchmark, prompt_id, sample), {}).update(known)
         self._path.parent.mkdir(exist_ok=True)
         line = {"benchmark": self._benchmark, "id": prompt_id, "sample": sample, **known}
@@ -123,9 +188,9 @@ class FileJournal:
             file.write("\n" + json.dumps(line))  # the line break first: it ends a line that a kill has torn
 
 
-def read_known(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+def read_known(folder: Path) -> Known:
     """What the folder holds of each completion, by benchmark, problem and sample."""
-    known: dict[tuple[str, str, int], dict[str, Any]] = {}
+    known: Known = {}
     for path in [folder / COMPLETIONS, *sorted((folder / JOURNAL).glob("*.jsonl"))]:
         if not path.exists():
             continue
@@ -141,7 +206,7 @@ def read_known(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     return known
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_folder(folder: Path, settings: Conditions) -> None:
     """Checks that the folder is empty, or one in which an evaluation with these settings resumes.
 
     Raises:
@@ -167,7 +232,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Result) -> str:
     """Markdown: a line for each benchmark."""
     rows = [["benchmark", "problems", "score (95% interval)", "length", "truncated", "repetition"], ["---"] * 6]
     for name, benchmark in result["benchmarks"].items():
@@ -186,9 +251,9 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def show(measurement: Mapping[str, float]) -> str:
+def show(measurement: Interval) -> str:
     """In percent: 49.0 (43.1-55.2)."""
-    value, low, high = (100 * measurement[key] for key in ("value", "low", "high"))
+    value, low, high = 100 * measurement["value"], 100 * measurement["low"], 100 * measurement["high"]
     return f"{value:.1f}" if math.isnan(low) else f"{value:.1f} ({low:.1f}-{high:.1f})"
 
 

@@ -5,7 +5,6 @@ Axes: T tokens of a packed row, N response tokens, H hidden size.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from aspo_lightning.types import MicroBatch
 def score_batches(
     model: nn.Module, batches: Sequence[MicroBatch], *, temperature: float, device: torch.device, description: str
 ) -> list[Tensor]:
-    """Log-probs[N] of each micro-batch's response tokens, on the CPU; behind a progress bar."""
+    """Log-probs[N] of each micro-batch's response tokens, on the CPU; with a progress bar."""
     bar = tqdm(batches, desc=description, leave=False, disable=None)
     return [model(batch.to(device), temperature=temperature)[0].cpu() for batch in bar]
 
@@ -112,8 +111,8 @@ class ScoredCausalLM(nn.Module):
             entropy_grad=entropy_grad,
         )
 
-    def _hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        return self.lm.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+    def _hidden(self, input_ids: Tensor, **inputs: Tensor | Packing) -> Tensor:
+        return self.lm.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
 
     def _hidden_packed(self, batch: MicroBatch) -> Tensor:
         device = batch.input_ids.device

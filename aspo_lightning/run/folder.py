@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +22,7 @@ from aspo_lightning.run.provenance import git_revision, versions
 class RunFolder:
     """The folder of a run: ``checkpoints/``, ``best/``, ``eval/``, ``config.yaml`` and ``origin.json``.
 
-    The last two are written anew each time the run is resumed, as ``config_resumed_1.yaml`` and so on.
+    The last two are written again on each resume, as ``config_resumed_1.yaml`` and so on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,10 +47,10 @@ class RunFolder:
 
     @staticmethod
     def suffix(number: int) -> str:
-        """Of the names of what a run writes anew when it is resumed for the n-th time."""
+        """Suffix of the files a run writes on its n-th resume."""
         return f"_resumed_{number}" if number else ""
 
-    def config(self) -> dict[str, Any] | None:
+    def config(self) -> dict[str, object] | None:
         """The settings that the run had last; None if it has none.
 
         Raises:

@@ -7,9 +7,9 @@ import math
 import signal
 import statistics
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,6 +21,7 @@ from aspo_lightning.errors import RESUME, ConfigError, RunError
 from aspo_lightning.run.callbacks import measured_since
 from aspo_lightning.run.folder import run_folder
 from aspo_lightning.run.lightning import keep_signal_handlers, phase_of
+from aspo_lightning.types import State
 
 
 class NonFiniteGuard(Callback):
@@ -39,7 +40,7 @@ class NonFiniteGuard(Callback):
         self.patience, self.in_a_row = patience, 0
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         k = trainer.accumulate_grad_batches
         if (batch_idx + 1) % k:
@@ -84,8 +85,9 @@ class RatioCanary(Callback):
         self.tolerance = tolerance
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
+        assert isinstance(outputs, Mapping)
         log_ratio: Tensor = outputs["log_ratio"]
         if batch_idx > 0 or not len(log_ratio):
             return
@@ -187,10 +189,10 @@ class CollapseGuard(Callback):
             )
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"curves": self.curves, "told": sorted(self._told)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         self.curves, self._told = state_dict["curves"], set(state_dict["told"])
 
 
@@ -204,7 +206,7 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
