@@ -1,4 +1,4 @@
-"""What a run logs, by TensorBoard tag, and what each tag means. docs/tags.md is made from here, see its first line."""
+"""What a run logs, by TensorBoard tag, and what each tag means. docs/tags.md has ``table``."""
 
 TAGS = {
     "rollout/reward": "mean task reward of all completions, before shaping",
@@ -7,12 +7,12 @@ TAGS = {
     "rollout/truncated_fraction": "share of completions that ran into the length limit",
     "rollout/repetition_rate": "mean share of a completion's 20-grams of words that it has said before",
     "rollout/failed_rewards": "number of completions whose reward hung, crashed or raised; they score 0",
-    "rollout/kept_groups": "number of groups that are trained on: those whose rewards differ",
+    "rollout/kept_groups": "number of groups that are trained on",
     "rollout/level": "level that prompts are drawn from (curriculum `RisingLevels`)",
     "policy/loss": "mean loss of the micro-batches",
     "policy/entropy": "mean entropy of the policy at the response tokens, in nats",
     "policy/kl": "mean KL estimate to the reference at the response tokens, in nats (`kl_coef` above 0)",
-    "policy/grad_norm": "mean norm of the gradient, before clipping",
+    "policy/grad_norm": "mean norm of the optimizer steps' gradients, before clipping",
     "policy/skipped_steps": "number of optimizer steps that were skipped: their loss or gradient wasn't finite",
     "policy/clip_fraction_positive": "share of the tokens with positive advantage that left the trust region",
     "policy/clip_fraction_negative": "the same for negative advantage",
@@ -20,7 +20,7 @@ TAGS = {
     "policy/dual_clip_fraction_negative": "the same for negative advantage",
     "policy/ratio_positive": "mean ratio of policy to old policy at the tokens with positive advantage",
     "policy/ratio_negative": "the same for negative advantage",
-    "mismatch/logprob_abs_mean": "mean |trainer's - engine's log-prob| of the response tokens, before the first update",
+    "mismatch/logprob_abs_mean": "mean absolute difference of the trainer's and the engine's log-probs",
     "mismatch/logprob_abs_max": "its maximum",
     "time/sync_s": "seconds until the engine has the new weights",
     "time/generate_s": "seconds of sampling, with the rewards that are done meanwhile",
