@@ -22,9 +22,7 @@ NAME = "packed"
 
 _sdpa_of_transformers: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
 
-_varlen_attn = (
-    partial(varlen_attn, enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else varlen_attn
-)
+_NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 takes fewer heads of keys than of queries without being asked to."""
 
 _LIKE = 0.75
@@ -112,7 +110,8 @@ def packed_attention(
     if torch.is_autocast_enabled(device):  # rotary embeddings make float32 of queries and keys there, not of values
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if _has_kernel(query):
-        output = _varlen_attn(
+        kernel = partial(varlen_attn, enable_gqa=True) if _NAMES_GROUPED_HEADS else varlen_attn
+        output = kernel(
             query,
             key,
             value,
