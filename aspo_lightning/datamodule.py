@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -15,7 +15,7 @@ from aspo_lightning.engines import Engine, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.metrics import measure
-from aspo_lightning.evaluation.results import Results
+from aspo_lightning.evaluation.results import Conditions, Results
 from aspo_lightning.identity import describe, prompts_digest, weights_digest
 from aspo_lightning.policy.hub import load_config, load_tokenizer, resolve_model
 from aspo_lightning.rewards import RewardPool
@@ -23,10 +23,14 @@ from aspo_lightning.rollouts.loop import Policy, Rollouts, sync
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings, check_phase
+from aspo_lightning.run.lightning import accumulate, callback_of, next_epoch, no_stop_before
 from aspo_lightning.tasks.base import Task, training_prompts, without_long
-from aspo_lightning.types import Evaluation, Phase, Prompt
+from aspo_lightning.types import Evaluation, MicroBatch, Phase, Prompt, State
 
 EVALUATION_EPOCH = -1  # evaluations draw with the same seeds each time, so that they compare
+
+
+Batch = TypeVar("Batch", MicroBatch, Evaluation)
 
 
 class RolloutDataModule(LightningDataModule):
@@ -76,7 +80,9 @@ class RolloutDataModule(LightningDataModule):
     @property
     def _policy(self) -> Policy:
         assert self.trainer is not None
-        return cast(Policy, self.trainer.lightning_module)
+        policy = self.trainer.lightning_module
+        assert isinstance(policy, Policy)
+        return policy
 
     def setup(self, stage: str) -> None:
         if self.trainer is not None:  # None: called by hand, for a look at the prompts
@@ -152,15 +158,14 @@ class RolloutDataModule(LightningDataModule):
         """The micro-batches of the epoch that comes next; sampled once, however often this is called."""
         trainer = self.trainer
         assert trainer is not None
-        # Not current_epoch: on resume Lightning asks first while that still is the epoch already finished.
-        epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        epoch = next_epoch(trainer)
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
-            return Phase(epoch, [], accumulate=1, groups=[])  # a run resumed behind its end
+            return Phase(epoch, [], accumulate=1, groups=[])  # resumed after it had finished
         if self.phase is None or self.phase.epoch != epoch:
             assert self.rollouts is not None
             self.phase = self.rollouts.phase(self._policy, epoch)
             no_stop_before(trainer, trainer.global_step + len(self.phase) // self.phase.accumulate)
-        trainer.accumulate_grad_batches = self.phase.accumulate
+        accumulate(trainer, self.phase.accumulate)
         return self.phase
 
     def val_dataloader(self) -> list["_EvaluationLoader"]:
@@ -169,7 +174,7 @@ class RolloutDataModule(LightningDataModule):
     def test_dataloader(self) -> list["_EvaluationLoader"]:
         return self.val_dataloader()
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)  # our own: Lightning's refuses frozen dataclasses
 
     def teardown(self, stage: str) -> None:
@@ -179,7 +184,7 @@ class RolloutDataModule(LightningDataModule):
     def _forget_phase(self) -> None:
         self.phase = None  # what comes next may be another model
         if self.trainer is not None:
-            self.trainer.accumulate_grad_batches = 1
+            accumulate(self.trainer, 1)
 
     def close(self) -> None:
         """Frees the engine, which otherwise stays for another fit, validate or test."""
@@ -187,10 +192,10 @@ class RolloutDataModule(LightningDataModule):
         self.engine.stop()
         self._started = False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"curriculum": saved(self.curriculum)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         if self.train_task is None:
             return  # only evaluates
         resume(self.curriculum, state_dict["curriculum"])
@@ -213,7 +218,7 @@ class RolloutDataModule(LightningDataModule):
             self.results.add(name, groups, measurements)
         return Evaluation(groups, {f"eval/{name}/{key}": m.value for key, m in measurements.items()})
 
-    def evaluation_settings(self) -> dict[str, Any]:
+    def evaluation_settings(self) -> Conditions:
         """All that the numbers of an evaluation depend on, as plain data; the policy's weights too (collective)."""
         assert self.trainer is not None
         sampling = next(iter(self.evaluations.values()))
@@ -293,15 +298,16 @@ def check_agreement(policy: Policy, model_name_or_path: str, temperature: float)
         )
 
 
-def check_trainer(trainer: Any, phase: Phase | None) -> None:
+def check_trainer(trainer: Trainer, phase: Phase | None) -> None:
     """Raises ConfigError for a Trainer that would train on something else than whole phases, one each epoch."""
-    if trainer.reload_dataloaders_every_n_epochs != 1:
+    settings = vars(trainer)  # not all of them are declared
+    if settings["reload_dataloaders_every_n_epochs"] != 1:
         raise ConfigError(
-            f"trainer.reload_dataloaders_every_n_epochs is {trainer.reload_dataloaders_every_n_epochs}: all epochs "
+            f"trainer.reload_dataloaders_every_n_epochs is {settings['reload_dataloaders_every_n_epochs']}: all epochs "
             "would train on the rollouts of the first. Set it to 1."
         )
-    if trainer.accumulate_grad_batches not in (1, phase.accumulate if phase else 1) or any(
-        isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks
+    if trainer.accumulate_grad_batches not in (1, phase.accumulate if phase else 1) or callback_of(
+        trainer, GradientAccumulationScheduler
     ):
         raise ConfigError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but each phase plans its own "
@@ -314,26 +320,12 @@ def check_trainer(trainer: Any, phase: Phase | None) -> None:
             f"{trainer.check_val_every_n_epoch}, but evaluations come between phases, whose batches differ in number. "
             "Leave the first out, and set the second to a number of epochs."
         )
-    if trainer.fast_dev_run:
+    if settings["fast_dev_run"]:
         return  # a look at whether anything runs at all
-    for name, value, whole in (
-        ("limit_train_batches", trainer.limit_train_batches, 1.0),
-        ("overfit_batches", trainer.overfit_batches, 0),
-    ):
-        if value != whole:
+    for name, usual in (("limit_train_batches", 1.0), ("overfit_batches", 0)):
+        if settings[name] != usual:
             raise ConfigError(
-                f"trainer.{name} is {value}: an optimizer step would have part of its micro-batches, under loss "
-                "weights meant for all of them. Leave it out; data.prompts_per_phase and data.optimizer_steps make a "
-                "phase smaller."
+                f"trainer.{name} is {settings[name]}: an optimizer step would have part of its micro-batches, under "
+                "loss weights meant for all of them. Leave it out; data.prompts_per_phase and data.optimizer_steps "
+                "make a phase smaller."
             )
-
-
-def no_stop_before(trainer: Trainer, step: int) -> None:
-    """Has whatever stops a run (max_steps, max_time, EarlyStopping) wait for the end of the phase, at ``step``.
-
-    A phase stopped within could not be resumed: it is sampled by weights that are gone.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    loop.min_steps = max(loop.min_steps or 0, step)
-    if trainer.global_step < loop.max_steps < step:
-        loop.max_steps = step

@@ -4,9 +4,17 @@ RESUME = "Resume from the last checkpoint with the command that the run printed"
 """What ends many of them."""
 
 
-class ConfigError(ValueError):
+class AspoError(Exception):
+    """What all of them are."""
+
+
+class ConfigError(AspoError, ValueError):
     """A setting, file or piece of data can't be used. The message says the value, what is allowed and what to do."""
 
 
-class EngineError(ConfigError):
+class RunError(AspoError):
+    """A run can't continue, whatever its settings: weights aren't finite, a disk is full, a server is lost."""
+
+
+class EngineError(AspoError):
     """The engine broke while it sampled. A run of one rank is started again, once, from its last checkpoint."""

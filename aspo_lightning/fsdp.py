@@ -14,7 +14,6 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
@@ -38,12 +37,16 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from transformers import PreTrainedModel
 
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.hub import load_config
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import without_frozen
 from aspo_lightning.run.checkpoints import DIGESTS, METADATA, check_whole, load
 from aspo_lightning.run.disk import file_digest, not_written, sync_to_disk, write_text
+from aspo_lightning.run.lightning import started_ranks
+from aspo_lightning.types import State
 
 TIMEOUT_MINUTES = 120
 """Ranks wait for the longest completion of a phase, and for the longest evaluation."""
@@ -75,16 +78,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         # What stays on the host (rollouts; with cpu_offload gradients too) is exchanged there.
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
-    def load(self, model_name_or_path: str, **settings: Any) -> ScoredCausalLM:
+    def load(self, model_name_or_path: str, settings: ModelSettings) -> ScoredCausalLM:
         """A sharded model. Rank 0 reads it, the others get their shards tensor by tensor."""
         source = None
         if self.global_rank == 0:
             dtype = source_dtype(model_name_or_path, settings)
-            source = ScoredCausalLM.from_pretrained(model_name_or_path, **{**settings, "dtype": dtype})
+            source = ScoredCausalLM.from_pretrained(model_name_or_path, settings, dtype=dtype)
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         if self.precision_plugin.precision == "bf16-mixed":
             precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if settings["dtype"] == torch.float64:
+        if settings.torch_dtype == torch.float64:
             precision = MixedPrecisionPolicy()
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
         return load_sharded(
@@ -140,7 +143,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 layer.set_reshard_after_forward(True, recurse=False)
                 layer.reshard()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> State:
         """Of any number of ranks; or a file written without this strategy."""
         path = Path(self.broadcast(checkpoint_path))
         if self.is_global_zero:
@@ -148,7 +151,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not path.is_dir():
             return super().load_checkpoint(path, weights_only)
         assert self.model is not None
-        state: dict[str, Any] = {"state_dict": without_frozen(self.model, get_model_state_dict(self.model))}
+        state: State = {"state_dict": without_frozen(self.model, get_model_state_dict(self.model))}
         for i, optimizer in enumerate(self.optimizers):
             state[f"optimizer_{i}"] = get_optimizer_state_dict(self.model, optimizer)
         dcp.load(state, checkpoint_id=path)
@@ -160,14 +163,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Says which other rank ended first: what is raised here then is only that a connection was lost."""
-        for rank, process in enumerate(getattr(self._launcher, "procs", []), start=1):
+        for rank, process in enumerate(started_ranks(self), start=1):
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=1)
                 reason = f"it was killed by {signal.Signals(-code).name}" if code < 0 else "see its own error"
                 rank_zero_info(f"Rank {rank} of this machine ended: {reason}.")
         super().on_exception(exception)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: State, filepath: str | Path, storage_options: object = None) -> None:
         """A folder in torch's distributed format, that gets its name when all ranks have written to it."""
         path = Path(self.broadcast(filepath))
         temporary = path.with_name(f".{path.name}.tmp")
@@ -179,7 +182,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         except (OSError, RuntimeError, CheckpointException) as error:
             raise not_written(path, error) from error
         own = [f for f in temporary.iterdir() if f.name.startswith(f"__{self.global_rank}_")]
-        shares: list[Any] = [None] * self.world_size
+        shares: list[dict[str, str]] = [{}] * self.world_size
         dist.all_gather_object(shares, {file.name: file_digest(file) for file in own})
         if self.is_global_zero:
             digests = {name: digest for share in shares for name, digest in share.items()}
@@ -211,19 +214,19 @@ StrategyRegistry.register(
 def load_sharded(
     source: ScoredCausalLM | None,
     model_name_or_path: str,
-    settings: dict[str, Any],
+    settings: ModelSettings,
     *,
     mesh: DeviceMesh,
     device: torch.device,
-    **policies: Any,
+    mp_policy: MixedPrecisionPolicy = MixedPrecisionPolicy(),
+    offload_policy: OffloadPolicy = OffloadPolicy(),
 ) -> ScoredCausalLM:
     """A sharded copy of ``source``, which only rank 0 has, in the dtype of ``settings``. Collective."""
-    model = ScoredCausalLM.from_pretrained(model_name_or_path, weights=False, **settings)
-    for block in blocks(model.lm):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, **policies)
+    model = ScoredCausalLM.from_pretrained(model_name_or_path, settings, weights=False)
     # The root holds embedding, last norm and head. It is resharded as well: then weights are always sharded between
     # forward passes, whatever comes next.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, **policies)
+    for part in (*blocks(model.lm), model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=mp_policy, offload_policy=offload_policy)
     model.to_empty(device=device)
     model.lm.tie_weights()
     set_model_state_dict(
@@ -231,33 +234,30 @@ def load_sharded(
         source.state_dict() if source else {},
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
     )
-    # Those in no state dict: a rotary embedding's frequencies and the like. FSDP leaves buffers whole.
+    # Those in no state dict: a rotary embedding's frequencies and the like. FSDP leaves buffers unsharded.
     persistent = set(model.state_dict())
     buffers = dict(source.named_buffers()) if source else {}
-    shared: list[Any] = [
-        source.packs if source else None,
-        {n: b.cpu() for n, b in buffers.items() if n not in persistent},
-    ]
+    shared = [(source.packs if source else True, {n: b.cpu() for n, b in buffers.items() if n not in persistent})]
     dist.broadcast_object_list(shared, src=0)
-    model.packs = shared[0]
+    ((model.packs, buffers),) = shared
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
-    for name, value in shared[1].items():
+    for name, value in buffers.items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, value.to(device))
     return model
 
 
-def source_dtype(model_name_or_path: str, settings: dict[str, Any]) -> torch.dtype:
+def source_dtype(model_name_or_path: str, settings: ModelSettings) -> torch.dtype:
     """What to read a model in that becomes shards of another dtype: its own, if that takes less memory."""
-    own, wanted = load_config(model_name_or_path).dtype, settings["dtype"]
+    own, wanted = load_config(model_name_or_path).dtype, settings.torch_dtype
     if not isinstance(own, torch.dtype) or own.itemsize >= wanted.itemsize:
         return wanted
     # Buffers aren't read but computed, and the shards have them from there: they mustn't be rounded (Gemma's scale is).
-    model = ScoredCausalLM.from_pretrained(model_name_or_path, weights=False, **{**settings, "dtype": own})
+    model = ScoredCausalLM.from_pretrained(model_name_or_path, settings, dtype=own, weights=False)
     return wanted if any(buffer.dtype == own for buffer in model.buffers()) else own
 
 
-def blocks(lm: nn.Module) -> list[nn.Module]:
+def blocks(lm: PreTrainedModel) -> list[nn.Module]:
     """The layers that are gathered one at a time: those that transformers keeps on one device."""
-    names = set(lm._no_split_modules or ())  # type: ignore[arg-type]
+    names = set(lm._no_split_modules or ())
     return [module for module in lm.modules() if type(module).__name__ in names]

@@ -9,7 +9,6 @@ import hashlib
 import pkgutil
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ TRAINER = (
 
 def incidental(owner: type) -> set[str]:
     """Names of the settings of a class that are marked so."""
-    hints: dict[str, Any] = {}
+    hints: dict[str, object] = {}
     for base in reversed(owner.__mro__):
         annotated = vars(base).get("__init__")
         with contextlib.suppress(NameError, TypeError):  # of a library that names what it doesn't import
@@ -40,7 +39,7 @@ def incidental(owner: type) -> set[str]:
     return {name for name, hint in hints.items() if INCIDENTAL in getattr(hint, "__metadata__", ())}
 
 
-def describe(part: Any) -> Any:
+def describe(part: object) -> object:
     """A part (task, engine) with the settings that count, as plain data."""
     if isinstance(part, Mapping):
         return {str(key): describe(value) for key, value in part.items()}
@@ -55,7 +54,7 @@ def describe(part: Any) -> Any:
     return {"class": type(part).__name__, **{k: describe(v) for k, v in settings.items()}}
 
 
-def counting(config: Any, *owners: type) -> Any:
+def counting(config: object, *owners: type) -> object:
     """A config, as read from YAML, with the settings that count. ``owners`` are the classes that it is of."""
     if isinstance(config, list):
         return [counting(value) for value in config]
@@ -71,14 +70,14 @@ def counting(config: Any, *owners: type) -> Any:
     return {key: counting(value) for key, value in config.items() if key not in left_out}
 
 
-def flat(settings: Any, key: str = "") -> dict[str, Any]:
+def flat(settings: object, key: str = "") -> dict[str, object]:
     """Nested settings by dotted keys."""
     if not isinstance(settings, Mapping):
         return {key: settings}
     return {k: v for name, part in settings.items() for k, v in flat(part, f"{key}.{name}" if key else name).items()}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """(before, now) of all that differs between two nested settings, by dotted keys."""
     one, other = flat(before), flat(now)
     return {key: (one.get(key), other.get(key)) for key in sorted({*one, *other}) if one.get(key) != other.get(key)}

@@ -3,25 +3,28 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal, cast
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
-from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.policy.causal_lm import ScoredCausalLM, score_batches
 from aspo_lightning.policy.hub import resolve_model
-from aspo_lightning.policy.weights import full_weights, set_adapters, whole, without_frozen
+from aspo_lightning.policy.settings import ModelSettings
+from aspo_lightning.policy.weights import full_tensor, full_weights, set_adapters, without_frozen
 from aspo_lightning.run.checkpoints import check_between_phases
-from aspo_lightning.types import Evaluation, MicroBatch
+from aspo_lightning.run.lightning import trainer_of
+from aspo_lightning.types import Evaluation, MicroBatch, State
 
 TOKEN_METRICS = [
     "entropy",
@@ -49,12 +52,7 @@ class ASPOModule(LightningModule):
         entropy_coef: weight of an entropy bonus.
         optimizer: AdamW with the paper's learning rate and the released script's weight decay.
         lr_scheduler: stepped with every optimizer step. None keeps the learning rate.
-        dtype: of the weights that are trained; compute precision is ``trainer.precision``.
-        gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
-        chunk_size: vocabulary entries whose logits the scorer holds at a time. None: 4096; on a CPU
-            fewer where there are many tokens.
-        lora_rank: trains low-rank adapters of this rank instead of the weights. 0: the weights.
-        lora_alpha: the adapters' product is scaled by lora_alpha / lora_rank.
+        settings: of the model, see ``ModelSettings``.
     """
 
     def __init__(
@@ -67,13 +65,10 @@ class ASPOModule(LightningModule):
         entropy_coef: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.1),
         lr_scheduler: LRSchedulerCallable | None = None,
-        dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        gradient_checkpointing: Annotated[bool, INCIDENTAL] = False,
-        chunk_size: Annotated[int | None, INCIDENTAL] = None,
-        lora_rank: int = 0,
-        lora_alpha: float = 32.0,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        self.settings = ModelSettings(**settings)
         if not 0 < temperature < math.inf:
             raise ConfigError(
                 f"model.temperature = data.temperature is {temperature}; training divides logits by it, so it must be "
@@ -83,12 +78,6 @@ class ASPOModule(LightningModule):
             raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
         if not math.isfinite(entropy_coef):
             raise ConfigError(f"model.entropy_coef is {entropy_coef}; it is a finite number (0 is no bonus).")
-        if not 0 <= lora_alpha < math.inf:
-            raise ConfigError(f"model.lora_alpha is {lora_alpha}; it is >= 0.")
-        if chunk_size is not None and chunk_size < 1:
-            raise ConfigError(f"model.chunk_size is {chunk_size}; it must be at least 1.")
-        if lora_rank < 0:
-            raise ConfigError(f"model.lora_rank is {lora_rank}; it is >= 0 (0 trains the weights themselves).")
         self.model_name_or_path = resolve_model(model_name_or_path)
         self.objective = objective
         self.temperature = temperature
@@ -97,20 +86,19 @@ class ASPOModule(LightningModule):
         self.entropy_coef = entropy_coef
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.load_settings: dict[str, Any] = {
-            "dtype": getattr(torch, dtype),
-            "gradient_checkpointing": gradient_checkpointing,
-            "chunk_size": chunk_size,
-            "lora_rank": lora_rank,
-            "lora_alpha": lora_alpha,
-        }
-        self.strict_loading = lora_rank == 0  # a frozen base is in no checkpoint
+        self.strict_loading = self.settings.lora_rank == 0  # a frozen base is in no checkpoint
         self.step_is_finite = True
         """Whether the last optimizer step was taken: its loss and gradient were finite, on all ranks."""
         self._loss_is_finite = torch.tensor(True)
         self.policy: ScoredCausalLM | None = None
-        self.reference: ScoredCausalLM | None = None
+        # In a tuple, which hides it from torch: it is in no checkpoint and no optimizer, and train() leaves it alone.
+        self._reference: tuple[ScoredCausalLM, ...] = ()
         self.token_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in TOKEN_METRICS})
+
+    @property
+    def reference(self) -> ScoredCausalLM | None:
+        """The frozen reference, once it is loaded."""
+        return self._reference[0] if self._reference else None
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision not in PRECISIONS:
@@ -121,21 +109,21 @@ class ASPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the policy, and the reference as soon as there is a fit: from the original weights, both of them."""
-        fits = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        trainer = trainer_of(self)
+        fits = trainer is None or trainer.state.fn == TrainerFn.FITTING
         if self.policy is None:
             self.policy = self._load()
         # With adapters the reference is the policy without them.
-        if fits and self.kl_coef > 0 and not self.load_settings["lora_rank"] and self.reference is None:
-            reference = self._load().eval().requires_grad_(False)
-            # Not a registered submodule: so it is in no checkpoint and no optimizer, and train() leaves it alone.
-            object.__setattr__(self, "reference", reference)
+        if fits and self.kl_coef > 0 and not self.settings.lora_rank and self.reference is None:
+            self._reference = (self._load().eval().requires_grad_(False),)
 
     def _load(self) -> ScoredCausalLM:
-        strategy = self.trainer.strategy if self._trainer else None
+        trainer = trainer_of(self)
+        strategy = trainer.strategy if trainer else None
         load = strategy.load if isinstance(strategy, FSDP2Strategy) else ScoredCausalLM.from_pretrained
-        return load(self.model_name_or_path, **self.load_settings)
+        return load(self.model_name_or_path, self.settings)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
@@ -159,7 +147,7 @@ class ASPOModule(LightningModule):
         old = self._logprobs(self.policy, [*batches, *without_reference], "score")
         if self.kl_coef == 0 or not batches:
             ref = []
-        elif self.load_settings["lora_rank"]:
+        elif self.settings.lora_rank:
             set_adapters(self.policy, False)
             ref = self._logprobs(self.policy, batches, "score reference")
             set_adapters(self.policy, True)
@@ -202,15 +190,29 @@ class ASPOModule(LightningModule):
         return {"loss": loss, "log_ratio": logprobs.detach() - batch.old_logprobs}
 
     def _log_metrics(self, loss: Tensor, metrics: dict[str, TokenMean]) -> None:
-        self.log("policy/loss", loss, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self._log("policy/loss", loss)
         for name, (value, tokens) in metrics.items():
-            metric = cast(MeanMetric, self.token_metrics[name])
+            metric = self.token_metrics[name]
+            assert isinstance(metric, MeanMetric)
             metric.update(value, tokens)
             if self.trainer.is_last_batch:
                 mean = metric.compute()  # over all ranks
                 metric.reset()
                 if not mean.isnan():  # a phase without a useful group measures nothing
-                    self.log(f"policy/{name}", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+                    self._log(f"policy/{name}", mean)
+
+    def _log(self, tag: str, value: Tensor | float, *, reduce_fx: str = "mean", sync_dist: bool = True) -> None:
+        """Logs a measurement of the epoch; ``PhaseReport`` writes it when the epoch ends."""
+        self.log(
+            tag,
+            value,
+            on_step=False,
+            on_epoch=True,
+            logger=False,
+            batch_size=1,
+            reduce_fx=reduce_fx,
+            sync_dist=sync_dist,
+        )
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = [p for p in self.parameters() if p.grad is not None]
@@ -220,7 +222,7 @@ class ASPOModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
-        norm = whole(norm)  # over all ranks
+        norm = full_tensor(norm)  # over all ranks
         self.step_is_finite = self.trainer.strategy.reduce_boolean_decision(
             bool(norm.isfinite() & self._loss_is_finite.to(norm.device)), all=True
         )
@@ -229,26 +231,21 @@ class ASPOModule(LightningModule):
             # No group told anything in this phase, or nothing usable. Without gradients AdamW leaves the weights alone;
             # with zeros it would move them, by momentum and decay.
             optimizer.zero_grad(set_to_none=True)
-        self.log(
-            "policy/skipped_steps",
-            float(not self.step_is_finite),
-            on_step=False,
-            on_epoch=True,
-            reduce_fx="sum",
-            batch_size=1,
-        )
-        self.log("policy/grad_norm", norm, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        # Not over ranks, which skip together.
+        self._log("policy/skipped_steps", float(not self.step_is_finite), reduce_fx="sum", sync_dist=False)
+        self._log("policy/grad_norm", norm)
 
     def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of each weight, one at a time; tied weights once. For the engine."""
         assert self.policy is not None
         return full_weights(self.policy.lm, dtype)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: State) -> None:
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
-        checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **self.load_settings}  # for aspo export
+        # For aspo export.
+        checkpoint["model"] = {"model_name_or_path": self.model_name_or_path, **asdict(self.settings)}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: State) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_between_phases(checkpoint)
 

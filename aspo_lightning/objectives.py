@@ -277,7 +277,7 @@ def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimat
       KL(reference || policy).
 
     Nothing corrects for tokens that an older policy sampled: once the policy has moved within a phase, all are biased.
-    Beyond d = 20, e^d goes on as its tangent, so that k3 stays finite and its gradient keeps its sign.
+    Beyond d = 20, e^d continues as its tangent, so that k3 stays finite and its gradient keeps its sign.
 
     Args:
         logprobs: [N] of the policy, with gradient.

@@ -23,6 +23,6 @@ if __name__ == "__main__":
     strategy.setup_environment()
     before = megabytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    model = strategy.load(module.model_name_or_path, **module.load_settings)
+    model = strategy.load(module.model_name_or_path, module.settings)
     print(megabytes("VmHWM") - before)
     torch.save(dict(full_weights(model.lm)), f"{sys.argv[2]}/rank_{strategy.global_rank}.pt")

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from aspo_lightning import ASPOModule
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.objectives import ASPO
-from aspo_lightning.policy.weights import whole
+from aspo_lightning.policy.weights import full_tensor
 from aspo_lightning.rollouts.packing import plan_phase
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 from tests.support.phases import build_phase
@@ -98,7 +98,7 @@ class Gradients(Callback):
         pl_module.policy.packs = pl_module.reference.packs = self.packs
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients = torch.cat([whole(p.grad).flatten() for p in pl_module.parameters()]).clone()
+        self.gradients = torch.cat([full_tensor(p.grad).flatten() for p in pl_module.parameters()]).clone()
 
 
 def gradient(model: str, k: int, *, packs: bool = True, averaging: str = "token_mean", strategy=None, **settings):

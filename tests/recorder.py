@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch import distributed as dist
 
 from aspo_lightning.engines import SamplingRequest
-from aspo_lightning.policy.weights import whole
+from aspo_lightning.policy.weights import full_tensor
 from aspo_lightning.types import MicroBatch
 
 PROBE = [tuple(range(40, 40 + n)) for n in (3, 8, 5)]
@@ -65,7 +65,9 @@ class Recorder(Callback):
             raise RuntimeError(f"rank {self.fault_rank} was told to fail")
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients.append(torch.cat([whole(p.grad).flatten() for p in pl_module.parameters() if p.requires_grad]))
+        self.gradients.append(
+            torch.cat([full_tensor(p.grad).flatten() for p in pl_module.parameters() if p.requires_grad])
+        )
 
     def on_train_end(self, trainer, pl_module):
         record = {key: getattr(self, key) for key in ("phases", "gradients", "probes", "synced")}

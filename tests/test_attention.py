@@ -17,6 +17,7 @@ from aspo_lightning.fsdp import load_sharded
 from aspo_lightning.policy import attention
 from aspo_lightning.policy.attention import Packing, packed_attention
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.types import MicroBatch
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +149,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("lengths", [[600], [150] * 4])
 def test_nothing_of_the_rows_length_squared_is_ever_made(tiny_model, lengths):
-    model = ScoredCausalLM.from_pretrained(tiny_model, gradient_checkpointing=True)
+    model = ScoredCausalLM.from_pretrained(tiny_model, ModelSettings(gradient_checkpointing=True))
     batch = MicroBatch.from_sequences(sequences(lengths))
     with Largest() as largest:
         model(batch)[0].sum().backward()
@@ -231,8 +232,7 @@ def test_a_sharded_model_that_is_padded_keeps_its_own_attention(tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        settings = {"dtype": torch.float32}
-        sharded = load_sharded(source, str(tmp_path), settings, mesh=mesh, device=torch.device("cpu"))
+        sharded = load_sharded(source, str(tmp_path), ModelSettings(), mesh=mesh, device=torch.device("cpu"))
         batch = MicroBatch.from_sequences(sequences([12, 7]))
         torch.testing.assert_close(sharded(batch)[0], source(batch)[0], rtol=0, atol=1e-5)
     finally:

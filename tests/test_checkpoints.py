@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_whole
 from aspo_lightning.run.disk import digest_path
 from aspo_lightning.run.folder import RunFolder, last_run
@@ -49,7 +49,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk):
     path = save(small_disk / "epoch_1.ckpt", 1)
     before = path.read_bytes()
     with pytest.raises(
-        ConfigError, match=r"epoch_2.ckpt couldn't be written: the disk is full. Those before it are as they were"
+        RunError, match=r"epoch_2.ckpt couldn't be written: the disk is full. Those before it are as they were"
     ) as e:
         save(small_disk / "epoch_2.ckpt", 2, size=1_000_000)
     assert "\n" not in str(e.value)
@@ -67,7 +67,7 @@ def test_a_checkpoint_cut_off_anywhere_is_damaged(tmp_path, seed):
     path = save(tmp_path / "a.ckpt", 1)
     os.truncate(path, random.Random(seed).randrange(path.stat().st_size))
     for _ in range(2):
-        with pytest.raises(ConfigError, match="a.ckpt is damaged: .* that is the newest whole one"):
+        with pytest.raises(RunError, match="a.ckpt is damaged: .* that is the newest whole one"):
             IO.load_checkpoint(path)
         digest_path(path).unlink(missing_ok=True)  # a copy without it, or one killed before it was written
 
@@ -79,7 +79,7 @@ def test_one_flipped_bit_is_damage(tmp_path, seed):
     content = bytearray(path.read_bytes())
     content[random.Random(seed).randrange(len(content))] ^= 1 << seed % 8
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="damaged: it has changed since it was written"):
+    with pytest.raises(RunError, match="damaged: it has changed since it was written"):
         IO.load_checkpoint(path)
 
 
@@ -95,7 +95,7 @@ def test_last_falls_back_to_the_newest_whole_one_and_says_so(tmp_path, capsys):
     )
     for path in paths:
         os.truncate(path, 50)
-    with pytest.raises(ConfigError, match="All checkpoints of .* are damaged"):
+    with pytest.raises(RunError, match="All checkpoints of .* are damaged"):
         last_run(tmp_path).newest_checkpoint()
 
 

@@ -17,6 +17,7 @@ from aspo_lightning.cli.main import main
 from aspo_lightning.cli.ranks import MAIN_PROCESS, die_with_main_process
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.objectives import Objective
+from aspo_lightning.run.tags import EVALUATION, TAGS, table
 from tests.conftest import save_model, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -223,6 +224,15 @@ def test_validate_evaluates_a_checkpoint(finished):
     assert result.returncode == 0, result.stderr[-3000:]
     (shown,) = re.findall(r"eval/sums/avg@2\s+│\s+([\d.]+)", result.stdout)
     assert float(shown) == pytest.approx(at_the_end)
+
+
+def test_every_tag_has_a_meaning_and_every_meaning_a_tag(finished):
+    """docs/tags.md has them all. Other tests cover what this run lacks: a level, and votes."""
+    logged = scalars(finished[0] / "tiny" / "version_0").keys() - {"epoch"}
+    evaluated = {re.sub(r"@\d+", "@<k>", tag.removeprefix("eval/sums/")) for tag in logged if tag.startswith("eval/")}
+    assert {tag for tag in logged if not tag.startswith("eval/")} == TAGS.keys() - {"rollout/level"}
+    assert evaluated == EVALUATION.keys() - {"maj@<k>"}
+    assert table() in (ROOT / "docs" / "tags.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from aspo_lightning.cli import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
 from aspo_lightning.fsdp import source_dtype
+from aspo_lightning.policy.settings import ModelSettings
 from tests.conftest import save_model, save_tokenizer
 from tests.recorder import PROBE
 from tests.test_cli import ASPO, ROOT, aspo, aspo_here, tiny_config
@@ -269,15 +270,15 @@ def test_the_first_rank_reads_a_model_in_its_own_dtype(half_model, tmp_path):
 
 
 def test_a_model_is_read_in_fewer_bits_only_where_that_changes_nothing(half_model, tiny_model, tmp_path):
-    assert source_dtype(str(half_model), {"dtype": torch.float32}) == torch.bfloat16
-    assert source_dtype(str(half_model), {"dtype": torch.float64}) == torch.bfloat16
-    assert source_dtype(tiny_model, {"dtype": torch.float32}) == torch.float32
-    assert source_dtype(tiny_model, {"dtype": torch.bfloat16}) == torch.bfloat16
+    assert source_dtype(str(half_model), ModelSettings(dtype="float32")) == torch.bfloat16
+    assert source_dtype(str(half_model), ModelSettings(dtype="float64")) == torch.bfloat16
+    assert source_dtype(tiny_model, ModelSettings(dtype="float32")) == torch.float32
+    assert source_dtype(tiny_model, ModelSettings(dtype="bfloat16")) == torch.bfloat16
     # Gemma has a scale that is computed in the dtype that it is loaded in.
     sizes = {"vocab_size": 128, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     Gemma3TextConfig(**sizes, **heads, dtype="bfloat16", architectures=["Gemma3ForCausalLM"]).save_pretrained(tmp_path)
-    assert source_dtype(str(tmp_path), {"dtype": torch.float32}) == torch.float32
+    assert source_dtype(str(tmp_path), ModelSettings(dtype="float32")) == torch.float32
 
 
 def plain_logprobs(folder: Path, prompt: tuple[int, ...], completion: tuple[int, ...], temperature=1.0):

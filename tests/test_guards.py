@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from aspo_lightning import ASPOModule
 from aspo_lightning.engines import VLLMEngine
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.run.folder import RunFolder, RunRecord
@@ -69,7 +69,7 @@ def test_a_loss_that_is_not_finite_counts_too(tiny_model):
     module = Overflows(tiny_model, optimizer=adam(1e-2))
     module.configure_model()
     before = [p.detach().clone() for p in module.parameters()]
-    with pytest.raises(ConfigError, match="wasn't finite in 2 optimizer steps in a row, up to step 2"):
+    with pytest.raises(RunError, match="wasn't finite in 2 optimizer steps in a row, up to step 2"):
         fit(module, Phases(make_groups()), callbacks=[NonFiniteGuard(2)])
     for old, new in zip(before, module.parameters(), strict=True):
         assert torch.equal(old, new)
@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_counts_too(tiny_model):
 def test_after_some_such_steps_the_run_ends_with_the_batch_saved(tiny_model, tmp_path):
     module, data = ASPOModule(tiny_model, optimizer=adam(1e-2)), Phases(make_groups())
     record = RunRecord(RunFolder(tmp_path), "")
-    with pytest.raises(ConfigError, match=r"Its micro-batches are in (.*\.pt)\. Resume from the last"):
+    with pytest.raises(RunError, match=r"Its micro-batches are in (.*\.pt)\. Resume from the last"):
         fit(module, data, callbacks=[Poison(0, 1), NonFiniteGuard(2), record])
     (path,) = tmp_path.glob("*.pt")
     saved = torch.load(path)
@@ -97,7 +97,7 @@ def test_weights_that_are_not_finite_end_a_run_before_its_checkpoint(tiny_model,
         module = ASPOModule(tiny_model, optimizer=adam(1e-2))
         fit(module, Phases(make_groups()), callbacks=[*callbacks, NonFiniteGuard(), saved], enable_checkpointing=True)
 
-    with pytest.raises(ConfigError, match="The policy's weights aren't finite"):
+    with pytest.raises(RunError, match="The policy's weights aren't finite"):
         run(LastStep())
     assert not list(tmp_path.iterdir())
     run()
@@ -108,7 +108,7 @@ def test_weights_that_are_not_finite_are_told_as_such(tiny_model):
     module, data = ASPOModule(tiny_model, optimizer=adam(1e-2)), Phases(make_groups())
     module.configure_model()
     module.policy.lm.model.norm.weight.data[3] = float("nan")
-    with pytest.raises(ConfigError, match=r"The policy's weights aren't finite, found in step 1; no checkpoint"):
+    with pytest.raises(RunError, match=r"The policy's weights aren't finite, found in step 1; no checkpoint"):
         fit(module, data, callbacks=[RatioCanary(), NonFiniteGuard()])
     assert data.phase.accumulate > 1  # the canary looked before the step was known to be one
 
@@ -138,7 +138,7 @@ class Dropout(ASPOModule):
 def test_the_ratio_canary_ends_a_run_that_trains_another_policy(tiny_model, kind, precision):
     canary = RatioCanary()
     fit(ASPOModule(tiny_model, optimizer=adam(1e-2)), Phases(make_groups()), callbacks=[canary], precision=precision)
-    with pytest.raises(ConfigError, match="first ratios of a phase must be 1"):
+    with pytest.raises(RunError, match="first ratios of a phase must be 1"):
         fit(kind(tiny_model, optimizer=adam(1e-2)), Phases(make_groups()), callbacks=[canary], precision=precision)
 
 
@@ -171,7 +171,7 @@ def look(probe, engine, policy):
 
 def test_the_probe_passes_a_sync_and_catches_one_left_out(probed, engine):
     probe, policy = probed
-    with pytest.raises(ConfigError, match="doesn't sample from the policy's weights"):
+    with pytest.raises(RunError, match="doesn't sample from the policy's weights"):
         look(probe, engine, policy)
     engine.sync_weights(policy.lm.named_parameters())
     look(probe, engine, policy)
@@ -184,7 +184,7 @@ def test_the_probe_catches_any_tensor_left_out(probed, engine):
     for missing in names:
         old = dict(stale.lm.named_parameters())
         engine.sync_weights((n, old[n] if n == missing else p) for n, p in policy.lm.named_parameters())
-        with pytest.raises(ConfigError, match="doesn't sample"):
+        with pytest.raises(RunError, match="doesn't sample"):
             look(probe, engine, policy)
 
 
@@ -193,7 +193,7 @@ def test_the_probe_catches_a_prefix_cache_that_is_not_emptied(probed, engine, mo
     with monkeypatch.context() as patch:
         patch.setattr(engine._running(), "reset_prefix_cache", lambda: True)
         engine.sync_weights(policy.lm.named_parameters())
-        with pytest.raises(ConfigError, match="doesn't sample"):
+        with pytest.raises(RunError, match="doesn't sample"):
             look(probe, engine, policy)
     engine.sync_weights(policy.lm.named_parameters())
     look(probe, engine, policy)
@@ -202,11 +202,11 @@ def test_the_probe_catches_a_prefix_cache_that_is_not_emptied(probed, engine, mo
 def test_the_probe_catches_weights_that_are_not_finite(probed, engine):
     probe, policy = probed
     batch = MicroBatch.from_sequences([((5, 6), (7, 8))], generator_logprobs=[[-1.0, -1.0]])
-    with pytest.raises(ConfigError, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         probe.check(batch, torch.tensor([-1.0, float("nan")]))
     norm = torch.full((64,), float("nan"))
     engine.sync_weights((n, norm if n == "model.norm.weight" else p) for n, p in policy.lm.named_parameters())
-    with pytest.raises(ConfigError, match="not finite"):  # in the engine alone
+    with pytest.raises(RunError, match="not finite"):  # in the engine alone
         look(probe, engine, policy)
     engine.sync_weights(policy.lm.named_parameters())
     look(probe, engine, policy)
@@ -259,7 +259,7 @@ def test_in_bfloat16_the_probe_catches_the_weights_of_another_model(in_bfloat16)
         if swapped is None:
             probe.check(batch, logprobs)
         else:
-            with pytest.raises(ConfigError, match="doesn't sample from the policy's weights"):
+            with pytest.raises(RunError, match="doesn't sample from the policy's weights"):
                 probe.check(batch, logprobs)
 
 
@@ -304,7 +304,7 @@ def test_a_collapse_is_told_once_and_may_end_the_run():
         warnings.simplefilter("error")
         guard.on_train_epoch_end(trainer, None)
     guard.stop = True
-    with pytest.raises(ConfigError, match=r"no longer explores .* or leave CollapseGuard\.stop out"):
+    with pytest.raises(RunError, match=r"no longer explores .* or leave CollapseGuard\.stop out"):
         guard.on_train_epoch_end(trainer, None)
 
 

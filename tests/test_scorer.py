@@ -8,6 +8,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.attention import Packing
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.fast_linears import use_fast_linears
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.scorer import _chunk_size, matmul, token_logprobs
 from aspo_lightning.types import MicroBatch
 from tests.conftest import save_model
@@ -175,7 +176,7 @@ def logits_by_hand(model, prompt, completion, temperature):
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_and_padded_rows_equal_one_sequence_at_a_time(tmp_path, packs, tied):
     save_model(tmp_path, tie_word_embeddings=tied)
-    model = ScoredCausalLM.from_pretrained(str(tmp_path), chunk_size=50)
+    model = ScoredCausalLM.from_pretrained(str(tmp_path), ModelSettings(chunk_size=50))
     assert model.packs
     model.packs = packs
     logprobs, entropy = model(MicroBatch.from_sequences(SEQUENCES), temperature=0.7)
@@ -302,7 +303,8 @@ def test_by_default_a_model_is_loaded_whole_in_float32_and_ready_to_train(tiny_m
 
 
 def test_what_is_asked_of_a_model_is_what_is_loaded(tiny_model):
-    model = ScoredCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16, chunk_size=50, gradient_checkpointing=True)
+    settings = ModelSettings(dtype="bfloat16", chunk_size=50, gradient_checkpointing=True)
+    model = ScoredCausalLM.from_pretrained(tiny_model, settings)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.chunk_size == 50
     assert model.lm.is_gradient_checkpointing
@@ -311,7 +313,7 @@ def test_what_is_asked_of_a_model_is_what_is_loaded(tiny_model):
 
 
 def test_a_model_without_weights_is_on_the_meta_device_and_assumed_to_pack(tiny_model):
-    model = ScoredCausalLM.from_pretrained(tiny_model, weights=False, dtype=torch.bfloat16, lora_rank=2)
+    model = ScoredCausalLM.from_pretrained(tiny_model, ModelSettings(dtype="bfloat16", lora_rank=2), weights=False)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
     assert model.lm.config._attn_implementation == "packed"
@@ -320,7 +322,7 @@ def test_a_model_without_weights_is_on_the_meta_device_and_assumed_to_pack(tiny_
 
 def test_adapters_have_the_rank_and_alpha_asked_for(tiny_model):
     for settings, alpha in (({"lora_alpha": 8.0}, 8.0), ({}, 32.0)):
-        model = ScoredCausalLM.from_pretrained(tiny_model, lora_rank=2, **settings)
+        model = ScoredCausalLM.from_pretrained(tiny_model, ModelSettings(lora_rank=2, **settings))
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert len(trained) == 2 * 2 * 7  # A and B of the seven linear layers in each of two blocks
         assert all(".lora_A." in name or ".lora_B." in name for name in trained)

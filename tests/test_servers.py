@@ -23,7 +23,7 @@ from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers, tra
 from aspo_lightning.engines.access import RequireToken
 from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from tests.conftest import save_model, save_tokenizer
 from tests.test_cli import ASPO, ROOT, aspo, aspo_here, scalars
 from tests.test_fsdp import SHARDED, Runs, free_port, on_ranks
@@ -225,7 +225,7 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, 
     both = VLLMServers([servers[0].url, lost.url])
     both.start(model, context_length=64)
     start = time.monotonic()
-    with pytest.raises(ConfigError, match=f"The vLLM server at {lost.url} doesn't answer"):
+    with pytest.raises(RunError, match=f"The vLLM server at {lost.url} doesn't answer"):
         both.sync_weights(until_one_is_lost())
     assert time.monotonic() - start < 60  # and not after the time that servers wait for each other
     lost.signal(signal.SIGKILL)
@@ -261,7 +261,7 @@ def test_a_server_that_freezes_is_told_long_before_the_time_limit(model, servers
     both.sync_weights(weights.items())
     frozen.signal(signal.SIGSTOP)
     start = time.monotonic()
-    with pytest.raises(ConfigError, match=f"The vLLM server at {frozen.url} doesn't answer"):
+    with pytest.raises(RunError, match=f"The vLLM server at {frozen.url} doesn't answer"):
         list(both.generate([SamplingRequest((5, 6, 7), 8, seed) for seed in range(4)]))
     assert time.monotonic() - start < 100  # of 300
     frozen.signal(signal.SIGCONT)
@@ -274,7 +274,7 @@ def test_a_server_that_freezes_is_told_long_before_the_time_limit(model, servers
         yield "more", torch.zeros(50_000_000)  # than fits in the connection
 
     start = time.monotonic()
-    with pytest.raises(ConfigError, match=f"The vLLM server at {frozen.url} doesn't answer"):
+    with pytest.raises(RunError, match=f"The vLLM server at {frozen.url} doesn't answer"):
         both.sync_weights(until_one_is_frozen())
     assert time.monotonic() - start < 100  # of 300
     frozen.signal(signal.SIGKILL)
@@ -426,7 +426,7 @@ def test_a_server_sees_this_machine_by_the_address_that_the_connection_has():
         url = f"http://127.0.0.2:{listener.getsockname()[1]}"
         seen = seen_by(url, 10)
         assert seen == listener.accept()[1][0]
-    with pytest.raises(ConfigError, match=f"The vLLM server at {url} doesn't answer"):
+    with pytest.raises(RunError, match=f"The vLLM server at {url} doesn't answer"):
         seen_by(url, 10)
 
 

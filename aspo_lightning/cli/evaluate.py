@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 
 from jsonargparse import Namespace
-from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.cli.fit import ASPOCLI
@@ -14,6 +13,7 @@ from aspo_lightning.evaluation.callbacks import EvaluationResults
 from aspo_lightning.run.checkpoints import trained_from
 from aspo_lightning.run.disk import check_writable
 from aspo_lightning.run.folder import is_trained
+from aspo_lightning.run.lightning import callback_of
 
 
 class EvaluationCLI(ASPOCLI):
@@ -47,8 +47,9 @@ class EvaluationCLI(ASPOCLI):
         config.verbose = False
 
     def before_test(self) -> None:
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        next(c for c in callbacks if isinstance(c, EvaluationResults)).folder = self.config.test.out
+        results = callback_of(self.trainer, EvaluationResults)
+        assert results is not None
+        results.folder = self.config.test.out
 
     def after_test(self) -> None:
         self.datamodule.close()

@@ -11,8 +11,9 @@ from torch.distributed import checkpoint as dcp
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.hub import load_tokenizer
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import full_weights, without_frozen
-from aspo_lightning.run.checkpoints import TRAINED_AS, metadata
+from aspo_lightning.run.checkpoints import metadata, trained_from
 from aspo_lightning.run.folder import find_checkpoint
 
 
@@ -49,16 +50,15 @@ def load_policy(checkpoint: Path) -> tuple[ScoredCausalLM, str]:
         ConfigError: if it was not written by ``aspo fit``.
     """
     sharded = checkpoint.is_dir()
-    rest = metadata(checkpoint)
-    settings = {key: rest["model"][key] for key in (*TRAINED_AS, "dtype")}
-    name = settings["model_name_or_path"]
-    policy = ScoredCausalLM.from_pretrained(**settings)
+    settings = trained_from(checkpoint)
+    name = settings.pop("model_name_or_path")
+    policy = ScoredCausalLM.from_pretrained(name, ModelSettings(**settings))
     trained = without_frozen(policy, policy.state_dict())
     if sharded:
         state = {f"policy.{name}": value for name, value in trained.items()}
         dcp.load({"state_dict": state}, checkpoint_id=checkpoint, no_dist=True)  # into the policy's own tensors
     else:
-        state = {k.removeprefix("policy."): v for k, v in rest["state_dict"].items()}
+        state = {k.removeprefix("policy."): v for k, v in metadata(checkpoint)["state_dict"].items()}
         missing, unknown = policy.load_state_dict(state, strict=False)
         if wrong := [*unknown, *(set(missing) & set(trained))]:
             raise ConfigError(f"The weights in {checkpoint} are not those of {name}: see {', '.join(wrong[:3])}.")

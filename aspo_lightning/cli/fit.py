@@ -5,11 +5,11 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,17 +17,18 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from aspo_lightning.cli.ranks import wait_for_ranks
 from aspo_lightning.datamodule import RolloutDataModule
-from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResults
 from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_resumable, trained_steps
 from aspo_lightning.run.disk import check_writable
 from aspo_lightning.run.folder import RunFolder, RunRecord, find_checkpoint, is_run, last_run, new_run
 from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
+from aspo_lightning.run.lightning import callback_of
 from aspo_lightning.run.memory import peak_memory
 
 GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
@@ -76,7 +77,7 @@ class ASPOCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """LightningCLI would read the whole checkpoint here, for hyperparameters that there are none of."""
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: object) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument(
@@ -126,7 +127,7 @@ class ASPOCLI(LightningCLI):
         config.checkpoint.dirpath = str(self.run.checkpoints)
         place_loggers(config.trainer.logger, self.run, steps)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
         config = self.config_init[self.subcommand]
         settings = config.trainer
         plugins = settings.plugins or []
@@ -152,12 +153,12 @@ class ASPOCLI(LightningCLI):
         if self.run is not None and self.trainer.is_global_zero:
             print(f"Run {self.run.path}. If it is stopped, resume it with\n{resume_command(self.run)}", flush=True)
         if self.trainer.world_size == 1:
-            Watchdog.on_hang = staticmethod(lambda reason: start_again(reason, self.run))
+            self.datamodule.engine.when_it_hangs(lambda reason: start_again(reason, self.run))
 
-    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+    def fit(self, model: ASPOModule, datamodule: RolloutDataModule, ckpt_path: str | None = None) -> None:
         """Called as ``trainer.fit`` by LightningCLI."""
         try:
-            self.trainer.fit(model, **kwargs)
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         except EngineError as error:
             if self.trainer.world_size > 1:
                 raise
@@ -169,9 +170,9 @@ class ASPOCLI(LightningCLI):
             print(fit_summary(self.trainer, self.run), flush=True)
         wait_for_ranks(self.trainer)
         if self.trainer.is_global_zero:
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if (received := next(c for c in callbacks if isinstance(c, GracefulStop)).received) is not None:
-                sys.exit(128 + received)  # as if it had not been caught: the run isn't at its end
+            stop = callback_of(self.trainer, GracefulStop)
+            if stop is not None and stop.received is not None:
+                sys.exit(128 + stop.received)  # as if it had not been caught: the run isn't at its end
 
     def after_validate(self) -> None:
         self.datamodule.close()
@@ -215,8 +216,8 @@ def resume_command(run: RunFolder) -> str:
 
 def fit_summary(trainer: Trainer, run: RunFolder) -> str:
     """What came of a fit, where it is, and what to type next."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    report = next(c for c in callbacks if isinstance(c, EvaluationReport))
+    report = callback_of(trainer, EvaluationReport)
+    assert report is not None
     lines = [
         f"{name}: {report.before[name]:.3f} before, {report.after[name]:.3f} after"
         for name in report.before
@@ -239,7 +240,7 @@ def fit_summary(trainer: Trainer, run: RunFolder) -> str:
     return "\n".join(["", *lines])
 
 
-def place_loggers(loggers: Any, run: RunFolder, steps: int | None) -> None:
+def place_loggers(loggers: object, run: RunFolder, steps: int | None) -> None:
     """Puts the run's folder into the settings of its loggers; ``steps`` is that of the checkpoint it is resumed from.
 
     Those of Lightning that make a folder of their own for each run write into this one. TensorBoard then shows what was
@@ -262,7 +263,7 @@ def place_loggers(loggers: Any, run: RunFolder, steps: int | None) -> None:
                 settings.purge_step = steps
 
 
-def check_same_computation(run: RunFolder, config: dict[str, Any]) -> None:
+def check_same_computation(run: RunFolder, config: Mapping[str, object]) -> None:
     """Raises ConfigError if a run would be resumed under settings that compute something else than it did so far."""
     before = run.config()
     if before is not None and (changes := differences(computation(before), computation(config))):
@@ -273,14 +274,14 @@ def check_same_computation(run: RunFolder, config: dict[str, Any]) -> None:
         )
 
 
-def computation(config: Mapping[str, Any]) -> dict[str, Any]:
+def computation(config: Mapping[str, object]) -> dict[str, object]:
     """The settings of ``aspo fit`` that decide what a run computes."""
-    trainer = config.get("trainer") or {}
+    trainer = config.get("trainer")
     return {
         "seed_everything": config.get("seed_everything"),
-        "model": counting(config.get("model") or {}, ASPOModule),
+        "model": counting(config.get("model") or {}, ASPOModule, ModelSettings),
         "data": counting(config.get("data") or {}, RolloutDataModule, RolloutSettings),
-        "trainer": {key: trainer.get(key) for key in TRAINER},
+        "trainer": {key: trainer.get(key) if isinstance(trainer, Mapping) else None for key in TRAINER},
     }
 
 
@@ -299,7 +300,7 @@ def check_checkpoints(settings: Namespace) -> None:
         )
 
 
-def check_strategy(strategy: Any) -> None:
+def check_strategy(strategy: object) -> None:
     """Raises ConfigError for those whose shards can't be scored, synced and saved here."""
     name = strategy.class_path if isinstance(strategy, Namespace) else str(strategy)
     kind = name.rpartition(".")[2].lower()

@@ -11,7 +11,7 @@ from aspo_lightning.cli.parser import Parser
 from aspo_lightning.cli.plan import PlanCLI
 from aspo_lightning.cli.ranks import die_with_main_process
 from aspo_lightning.datamodule import RolloutDataModule
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import AspoError
 from aspo_lightning.module import ASPOModule
 
 # Of libraries, and nothing that a user could act on.
@@ -27,9 +27,9 @@ MODEL = "--model.model_name_or_path"  # what a user means by --model, which Ligh
 TOOLS = {"export": export.main, "report": report.main}
 
 
-def config_error(error: BaseException | None) -> ConfigError | None:
+def error_for_people(error: BaseException | None) -> AspoError | None:
     """The error, or the one below it, that is for people: jsonargparse wraps those of a class that may be left out."""
-    while error is not None and not isinstance(error, ConfigError):
+    while error is not None and not isinstance(error, AspoError):
         error = error.__cause__ or error.__context__
     return error
 
@@ -58,7 +58,7 @@ def main() -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except ValueError as error:
-        if (cause := config_error(error)) is None:
+    except (AspoError, ValueError) as error:
+        if (cause := error_for_people(error)) is None:
             raise
         sys.exit(f"aspo: error: {cause}")

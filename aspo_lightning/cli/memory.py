@@ -20,6 +20,7 @@ from aspo_lightning.engines import Engine
 from aspo_lightning.engines.base import FULL, HALF
 from aspo_lightning.fsdp import blocks
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.scorer import CHUNK_SIZE
 
 GB = 1e9
@@ -206,7 +207,9 @@ AttentionMaskInterface.register(MEMORYLESS, lambda *args, **kwargs: None)
 @functools.cache
 def meta_model(model_name_or_path: str, dtype: torch.dtype, lora_rank: int) -> ScoredCausalLM:
     """The model, without memory."""
-    model = ScoredCausalLM.from_pretrained(model_name_or_path, dtype=dtype, lora_rank=lora_rank, weights=False)
+    model = ScoredCausalLM.from_pretrained(
+        model_name_or_path, ModelSettings(lora_rank=lora_rank), dtype=dtype, weights=False
+    )
     model.lm.set_attn_implementation(MEMORYLESS)
     return model
 

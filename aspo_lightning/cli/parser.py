@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
@@ -19,10 +19,18 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's h
 class Parser(LightningArgumentParser):
     """Reports a bad setting in one line."""
 
-    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+    def validate(
+        self,
+        namespace: Namespace,
+        skip_unset: bool = True,
+        skip_required: bool = False,
+        branch: str | None = None,
+        **kwargs: object,
+    ) -> None:
         """Checks null like any other value, which jsonargparse leaves out; each class' settings have such a parser."""
-        super().validate(namespace, *args, **kwargs)  # first what is missing, which is null here as well
-        super().validate(namespace, *args, **{**kwargs, "skip_unset": False})
+        # First what is missing, which is null here as well.
+        for unset in (skip_unset, False):
+            super().validate(namespace, unset, skip_required, branch, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())

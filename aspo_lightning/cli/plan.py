@@ -123,7 +123,7 @@ def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_
     if gpu_memory is None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
         gpu_memory = DEFAULT_GPU_MEMORY if on_gpu else memory / devices
-    load = module.load_settings
+    settings = module.settings
     return Run(
         model_name_or_path=module.model_name_or_path,
         on_gpu=on_gpu,
@@ -134,11 +134,11 @@ def run_of(module: ASPOModule, data: RolloutDataModule, trainer: Namespace, gpu_
         reduces_each=getattr(strategy, "reduce_each_micro_batch", False),
         cpu_offload=getattr(strategy, "cpu_offload", False),
         half=trainer.precision == "bf16-mixed",
-        dtype=load["dtype"],
-        gradient_checkpointing=load["gradient_checkpointing"],
-        chunk_size=load["chunk_size"],
-        lora_rank=load["lora_rank"],
-        reference=module.kl_coef > 0 and not load["lora_rank"],
+        dtype=settings.torch_dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        chunk_size=settings.chunk_size,
+        lora_rank=settings.lora_rank,
+        reference=module.kl_coef > 0 and not settings.lora_rank,
         optimizer_states=optimizer_states(module.optimizer),
         token_budget=data.settings.micro_batch_tokens,
         longest_sequence=data.settings.longest_sequence,

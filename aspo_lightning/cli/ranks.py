@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from aspo_lightning.rewards.inside_sandbox import die_with_parent
+from aspo_lightning.run.lightning import started_ranks
 
 MAIN_PROCESS = "ASPO_MAIN_PROCESS"  # in the environment of the ranks that Lightning starts: the id of the first
 
@@ -30,5 +31,5 @@ def die_with_main_process() -> None:
 
 def wait_for_ranks(trainer: Trainer) -> None:
     """Returns when the ranks that this process has started have ended: what they still do would end with it."""
-    for process in getattr(trainer.strategy.launcher, "procs", []):
+    for process in started_ranks(trainer.strategy):
         process.wait()

@@ -5,12 +5,11 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation import paper
 from aspo_lightning.evaluation.metrics import interval, scores
-from aspo_lightning.evaluation.results import RESULT, show
+from aspo_lightning.evaluation.results import RESULT, Interval, Result, show
 from aspo_lightning.identity import flat
 
 PANELS = [
@@ -81,7 +80,7 @@ def figure(runs: dict[str, Curves], path: Path) -> None:
     pyplot.close(drawing)
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> Result:
     """An evaluation's result, from its folder or its file.
 
     Raises:
@@ -89,7 +88,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     file = path / RESULT if path.is_dir() else path
     try:
-        result: dict[str, Any] = json.loads(file.read_text())
+        result: Result = json.loads(file.read_text())
         result["settings"]["benchmarks"], [p["solved"] for b in result["benchmarks"].values() for p in b["problems"]]
     except FileNotFoundError as error:
         raise ConfigError(
@@ -100,7 +99,7 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
+def comparison(results: Mapping[str, Result]) -> str:
     """Markdown: a row for each evaluation and, where it has the benchmarks, for each model of the paper.
 
     Scores in percent with 95% intervals. A score is marked where its difference to the first row's, problem by problem,
@@ -119,7 +118,7 @@ def comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [label]
         for column in columns:
             name, key = column.rsplit("/", 1)
-            measured = result["benchmarks"].get(name, {}).get("measurements", {}).get(key)
+            measured = measurements(result, name).get(key)
             mark = " ≈" if result is not first and measured and within_chance(first, result, name, key) else ""
             cells.append(show(measured) + mark if measured else "-")
         rows.append(cells)
@@ -132,19 +131,25 @@ def comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *other_settings(results)])
 
 
-def within_chance(first: Mapping[str, Any], other: Mapping[str, Any], name: str, key: str) -> bool:
+def measurements(result: Result, benchmark: str) -> dict[str, Interval]:
+    """Of a benchmark; none if it isn't in the evaluation."""
+    return result["benchmarks"][benchmark]["measurements"] if benchmark in result["benchmarks"] else {}
+
+
+def within_chance(first: Result, other: Result, name: str, key: str) -> bool:
     """Whether a difference could be chance. False where the problems aren't the same: nothing is said of those."""
-    both = [result["benchmarks"].get(name, {"measurements": {}}) for result in (first, other)]
-    prompts = {result["settings"]["benchmarks"].get(name, {}).get("prompts") for result in (first, other)}
-    if len(prompts) > 1 or not all(key in benchmark["measurements"] for benchmark in both):
+    both = (first, other)
+    conditions = [result["settings"]["benchmarks"].get(name) for result in both]
+    if len({c and c.get("prompts") for c in conditions}) > 1 or not all(key in measurements(r, name) for r in both):
         return False
     k = int(key.rpartition("@")[2])
-    before, after = (scores([(p["solved"], p["answers"]) for p in b["problems"]], [k])[key] for b in both)
+    problems = [[(p["solved"], p["answers"]) for p in result["benchmarks"][name]["problems"]] for result in both]
+    before, after = (scores(of_one, [k])[key] for of_one in problems)
     low, high = interval([y - x for x, y in zip(before, after, strict=True)])
     return low <= 0 <= high
 
 
-def other_settings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def other_settings(results: Mapping[str, Result]) -> list[str]:
     """Lines that tell in what the evaluations differ, besides the model."""
     settings = [
         flat({k: v for k, v in r["settings"].items() if k not in ("model", "weights")}) for r in results.values()
@@ -154,7 +159,7 @@ def other_settings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"\nNot the same: {key} is {', '.join(map(str, values))}." for key, values in different.items()]
 
 
-def intervals_figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def intervals_figure(results: Mapping[str, Result], path: Path) -> None:
     """Writes a picture of all avg@k with their intervals."""
     import matplotlib
 
@@ -166,9 +171,9 @@ def intervals_figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> No
     for i, (label, result) in enumerate(results.items()):
         points = []
         for at, name in enumerate(names):
-            for key, m in result["benchmarks"].get(name, {"measurements": {}})["measurements"].items():
+            for key, m in measurements(result, name).items():
                 if key.startswith("avg@"):
-                    value, low, high = (100 * m[part] for part in ("value", "low", "high"))
+                    value, low, high = 100 * m["value"], 100 * m["low"], 100 * m["high"]
                     points.append((at + (i - (len(results) - 1) / 2) * 0.15, value, value - low, high - value))
         if points:
             x, y, below, above = zip(*points, strict=True)

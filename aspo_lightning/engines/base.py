@@ -1,7 +1,7 @@
 """The protocol between a rollout phase and whatever samples for it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from aspo_lightning.errors import ConfigError, EngineError
+from aspo_lightning.engines.watchdog import end_process
+from aspo_lightning.errors import AspoError, ConfigError, EngineError
 from aspo_lightning.types import Completion
 
 FULL, HALF = 4, 2  # bytes of a 32-bit and of a 16-bit number
@@ -55,6 +56,12 @@ class Engine(ABC):
 
     tensor_parallel_size: int = 1
     """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""
+
+    _on_hang: Callable[[str], None] = staticmethod(end_process)
+
+    def when_it_hangs(self, on_hang: Callable[[str], None]) -> None:
+        """Has ``on_hang`` called, with the reason, instead of ending this process. Not all engines can tell."""
+        self._on_hang = on_hang
 
     @property
     def weights_dtype(self) -> torch.dtype | None:
@@ -125,7 +132,7 @@ def engine_errors(*, at_start: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError:
+    except AspoError:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]

@@ -19,7 +19,7 @@ from aspo_lightning.collectives import barrier, rank, world_size
 from aspo_lightning.engines.access import TOKEN, headers
 from aspo_lightning.engines.base import Engine, SamplingRequest
 from aspo_lightning.engines.transfer import CHECK_S, Stream
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
@@ -320,9 +320,9 @@ def refuse(url: str, path: str, response: httpx.Response) -> NoReturn:
     )
 
 
-def lost(url: str, reason: Exception | str) -> ConfigError:
+def lost(url: str, reason: Exception | str) -> RunError:
     why = str(reason) or type(reason).__name__
-    return ConfigError(
+    return RunError(
         f"The vLLM server at {url} doesn't answer ({why}). Nothing of the phase in the making is trained on. Start "
         "the server again with scripts/serve.sh and resume with the command that the run printed."
     )

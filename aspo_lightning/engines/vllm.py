@@ -175,7 +175,7 @@ class VLLMEngine(Engine):
         )
         place = places(ids)
         try:
-            with Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s") as watchdog:
+            with Watchdog(self.timeout_s, f"vLLM hangs: no step in {self.timeout_s:g} s", self._on_hang) as watchdog:
                 while running(llm):
                     with watchdog.step():
                         finished = step(llm)

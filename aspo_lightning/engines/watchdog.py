@@ -21,13 +21,11 @@ class Watchdog:
     Args:
         timeout_s: measured by a clock that never jumps.
         reason: what to say.
+        on_hang: ends the process, or replaces it.
     """
 
-    on_hang: Callable[[str], None] = staticmethod(end_process)
-    """Set by the command line to one that starts the run again."""
-
-    def __init__(self, timeout_s: float, reason: str) -> None:
-        self.timeout_s, self.reason = timeout_s, reason
+    def __init__(self, timeout_s: float, reason: str, on_hang: Callable[[str], None] = end_process) -> None:
+        self.timeout_s, self.reason, self.on_hang = timeout_s, reason, on_hang
         self._deadline: float | None = None  # of the step that runs
         self._done = threading.Event()
 

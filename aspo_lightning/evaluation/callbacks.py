@@ -2,15 +2,34 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from aspo_lightning.errors import ConfigError
-from aspo_lightning.evaluation.results import TABLE, Results
+from aspo_lightning.errors import AspoError
+from aspo_lightning.evaluation.results import TABLE, Conditions, Results
 from aspo_lightning.run.callbacks import _print
 from aspo_lightning.run.folder import run_folder
+from aspo_lightning.run.lightning import datamodule_of, validate_now
+from aspo_lightning.types import State
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """What an evaluation is kept of: see ``RolloutDataModule``."""
+
+    results: Results | None
+
+    def evaluation_settings(self) -> Conditions:
+        """All that the numbers of an evaluation depend on. Collective."""
+        ...
+
+
+def _evaluated(trainer: Trainer) -> Evaluated:
+    data = datamodule_of(trainer)
+    assert isinstance(data, Evaluated)
+    return data
 
 
 class EvaluationReport(Callback):
@@ -22,9 +41,7 @@ class EvaluationReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0 and trainer.enable_validation:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            validate_now(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -36,10 +53,10 @@ class EvaluationReport(Callback):
         for name, value in metrics.items():
             _print(f"{name} {value:.3f}")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"before": self.before, "after": self.after}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         self.before, self.after = state_dict["before"], state_dict["after"]
 
 
@@ -57,25 +74,25 @@ class EvaluationResults(Callback):
         run = run_folder(trainer)
         if trainer.state.fn != TrainerFn.FITTING or run is None:
             return
-        settings = trainer.datamodule.evaluation_settings()  # type: ignore[attr-defined]
+        data = _evaluated(trainer)
+        settings = data.evaluation_settings()
         for again in itertools.count():
             try:
-                self._open(trainer, run.evaluation(trainer.global_step, again), settings)
-            except ConfigError:
+                data.results = Results(run.evaluation(trainer.global_step, again), settings)
+            except AspoError:
                 continue  # of a run that was resumed from before that step, not to the bit as it was
             return
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.folder is not None
-        self._open(trainer, self.folder, trainer.datamodule.evaluation_settings())  # type: ignore[attr-defined]
-
-    def _open(self, trainer: Trainer, folder: Path, settings: dict[str, Any]) -> None:
-        trainer.datamodule.results = Results(folder, settings)  # type: ignore[attr-defined]
+        data = _evaluated(trainer)
+        data.results = Results(self.folder, data.evaluation_settings())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if results := trainer.datamodule.results:  # type: ignore[attr-defined]
-            results.finish()
-            trainer.datamodule.results = None  # type: ignore[attr-defined]
+        data = _evaluated(trainer)
+        if data.results:
+            data.results.finish()
+            data.results = None
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_epoch_end(trainer, pl_module)

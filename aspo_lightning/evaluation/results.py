@@ -7,13 +7,13 @@ It holds ``result.json`` (settings, versions, measurements, scores of each probl
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TypedDict, Unpack
 
 from torch import distributed as dist
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.evaluation.metrics import Measurement
 from aspo_lightning.identity import differences
 from aspo_lightning.run.disk import write_text
@@ -23,6 +23,64 @@ from aspo_lightning.types import Known, RolloutGroup
 RESULT, COMPLETIONS, TABLE = "result.json", "completions.jsonl", "table.md"
 
 SETTINGS, JOURNAL = "settings.json", "journal"
+
+
+class BenchmarkConditions(TypedDict):
+    """What the numbers of one benchmark depend on."""
+
+    samples: int
+    prompts: str
+    """Digest of its problems."""
+    task: object
+
+
+class Conditions(TypedDict):
+    """All that the numbers of an evaluation depend on, as plain data."""
+
+    model: str
+    weights: str
+    """Digest."""
+    seed: int
+    temperature: float
+    top_p: float
+    max_prompt_length: int
+    max_completion_length: int
+    k: list[int]
+    reward_timeout_s: float
+    engine: object
+    benchmarks: dict[str, BenchmarkConditions]
+
+
+class Problem(TypedDict):
+    """Of each of its completions: reward, whether it is a full solution, and what it answers."""
+
+    id: str
+    rewards: list[float]
+    solved: list[bool]
+    answers: list[str | None]
+
+
+class Interval(TypedDict):
+    """A ``Measurement`` as plain data."""
+
+    value: float
+    low: float
+    high: float
+
+
+class BenchmarkResult(TypedDict):
+    """What came of one benchmark."""
+
+    measurements: dict[str, Interval]
+    problems: list[Problem]
+
+
+class Result(TypedDict):
+    """``result.json``."""
+
+    settings: Conditions
+    versions: dict[str, str]
+    benchmarks: dict[str, BenchmarkResult]
 
 
 class Results:
@@ -36,8 +94,9 @@ class Results:
         ConfigError: if the folder holds something else.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+    def __init__(self, folder: Path, settings: Conditions) -> None:
+        self.folder = folder
+        self.settings: Conditions = json.loads(json.dumps(settings))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         check_folder(folder, self.settings)
         _barrier()  # all have looked before one writes
@@ -76,12 +135,14 @@ class Results:
             write_text(
                 self.folder / COMPLETIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             )
-            result = {
+            result: Result = {
                 "settings": self.settings,
                 "versions": versions(),
                 "benchmarks": {
                     name: {
-                        "measurements": {key: m._asdict() for key, m in measurements.items()},
+                        "measurements": {
+                            key: Interval(value=m.value, low=m.low, high=m.high) for key, m in measurements.items()
+                        },
                         "problems": [
                             {
                                 "id": g.prompt.id,
@@ -143,8 +204,13 @@ def read_known(folder: Path) -> dict[tuple[str, str, int], Known]:
     return known
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the folder is empty, or one in which an evaluation with these settings goes on."""
+def check_folder(folder: Path, settings: Conditions) -> None:
+    """Checks that the folder is empty, or one in which an evaluation with these settings resumes.
+
+    Raises:
+        ConfigError: if it holds something else.
+        RunError: if it is damaged.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -156,7 +222,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     try:
         there = json.loads((folder / SETTINGS).read_text())
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{folder / SETTINGS} is damaged: {error}. Choose another folder by --out.") from error
+        raise RunError(f"{folder / SETTINGS} is damaged: {error}. Choose another folder by --out.") from error
     for key, (before, now) in differences(there, settings).items():
         raise ConfigError(
             f"{folder} holds results of another evaluation: {key} is {before!r} there and {now!r} here. Nothing was "
@@ -164,7 +230,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Result) -> str:
     """Markdown: a line for each benchmark."""
     rows = [["benchmark", "problems", "score (95% interval)", "length", "truncated", "repetition"], ["---"] * 6]
     for name, benchmark in result["benchmarks"].items():
@@ -183,9 +249,9 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def show(measurement: Mapping[str, float]) -> str:
+def show(measurement: Interval) -> str:
     """In percent: 49.0 (43.1-55.2)."""
-    value, low, high = (100 * measurement[key] for key in ("value", "low", "high"))
+    value, low, high = 100 * measurement["value"], 100 * measurement["low"], 100 * measurement["high"]
     return f"{value:.1f}" if math.isnan(low) else f"{value:.1f} ({low:.1f}-{high:.1f})"
 
 

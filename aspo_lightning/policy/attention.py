@@ -7,23 +7,22 @@ Axes: T tokens of a row, S sequences of it, A attention heads, K heads of keys a
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "packed"
 
-_GROUPED_HEADS: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+_sdpa_of_transformers: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
+
+_NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 takes fewer heads of keys than of queries without being asked to."""
 
 _LIKE = 0.75
@@ -111,7 +110,8 @@ def packed_attention(
     if torch.is_autocast_enabled(device):  # rotary embeddings make float32 of queries and keys there, not of values
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if _has_kernel(query):
-        output = varlen_attn(
+        kernel = partial(varlen_attn, enable_gqa=True) if _NAMES_GROUPED_HEADS else varlen_attn
+        output = kernel(
             query,
             key,
             value,
@@ -121,7 +121,6 @@ def packed_attention(
             packing.longest,
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
-            **_GROUPED_HEADS,
         )
         assert isinstance(output, Tensor)  # a pair only where the log-sum-exp is asked for
         return output
@@ -158,29 +157,28 @@ def _for_transformers(
     attention_mask: Tensor | None,
     *,
     packing: Packing | None = None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> tuple[Tensor, None]:
     """``packed_attention`` as transformers' layers call it, with query [1, A, T, D], key and value [1, K, T, D].
 
     Without a packing it is transformers' own SDPA.
     """
     if packing is None:
-        return sdpa_attention_forward(
+        return _sdpa_of_transformers(
             module,
             query,
             key,
             value,
             attention_mask,
-            dropout=dropout,
             scaling=scaling,
             sliding_window=sliding_window,
             **settings,
         )
-    unknown = {name: settings.get(name) for name in ("softcap", "s_aux", "position_bias")}
-    if dropout or any(value is not None for value in unknown.values()) or not getattr(module, "is_causal", True):
+    unknown = ("softcap", "s_aux", "position_bias")
+    dropout = settings.get("dropout") or 0.0
+    if dropout or any(settings.get(key) is not None for key in unknown) or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"packed attention is causal, without dropout ({dropout}) and {', '.join(unknown)}")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     return packed_attention(query, key, value, packing, scale=scaling, window=sliding_window)[None], None

@@ -5,7 +5,6 @@ Axes: T tokens of a packed row, N response tokens, H hidden size.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy import attention
 from aspo_lightning.policy.attention import Packing
 from aspo_lightning.policy.fast_linears import use_fast_linears
+from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import add_lora
 from aspo_lightning.scorer import token_logprobs
 from aspo_lightning.types import MicroBatch
@@ -26,7 +26,7 @@ from aspo_lightning.types import MicroBatch
 def score_batches(
     model: nn.Module, batches: Sequence[MicroBatch], *, temperature: float, device: torch.device, description: str
 ) -> list[Tensor]:
-    """Log-probs[N] of each micro-batch's response tokens, on the CPU; behind a progress bar."""
+    """Log-probs[N] of each micro-batch's response tokens, on the CPU; with a progress bar."""
     bar = tqdm(batches, desc=description, leave=False, disable=None)
     return [model(batch.to(device), temperature=temperature)[0].cpu() for batch in bar]
 
@@ -61,19 +61,22 @@ class ScoredCausalLM(nn.Module):
     def from_pretrained(
         cls,
         model_name_or_path: str,
+        settings: ModelSettings = ModelSettings(),
         *,
-        dtype: torch.dtype = torch.float32,
-        gradient_checkpointing: bool = False,
-        chunk_size: int | None = None,
-        lora_rank: int = 0,
-        lora_alpha: float = 32.0,
+        dtype: torch.dtype | None = None,
         weights: bool = True,
     ) -> "ScoredCausalLM":
         """Loads a hub name or a local folder, with every dropout switched off.
 
-        Dropout would make the policy differ from itself between rollout, old log-probs and update. Without ``weights``
-        the model is on the meta device, where it takes no memory.
+        Dropout would make the policy differ from itself between rollout, old log-probs and update.
+
+        Args:
+            model_name_or_path: where from.
+            settings: of the model.
+            dtype: of the weights, in place of that of ``settings``.
+            weights: whether to load them. Otherwise the model is on the meta device, where it takes no memory.
         """
+        dtype = dtype or settings.torch_dtype
         config = AutoConfig.from_pretrained(model_name_or_path)
         for part in (config, config.get_text_config()):
             for key, value in part.to_dict().items():
@@ -85,11 +88,11 @@ class ScoredCausalLM(nn.Module):
             with torch.device("meta"):
                 lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with lm.device:
-            if lora_rank:
-                add_lora(lm, lora_rank, lora_alpha)
-        if gradient_checkpointing:
+            if settings.lora_rank:
+                add_lora(lm, settings.lora_rank, settings.lora_alpha)
+        if settings.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(lm.train(), chunk_size=chunk_size)
+        return cls(lm.train(), chunk_size=settings.chunk_size)
 
     def forward(
         self, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
@@ -108,8 +111,8 @@ class ScoredCausalLM(nn.Module):
             entropy_grad=entropy_grad,
         )
 
-    def _hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        return self.lm.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+    def _hidden(self, input_ids: Tensor, **inputs: Tensor | Packing) -> Tensor:
+        return self.lm.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
 
     def _hidden_packed(self, batch: MicroBatch) -> Tensor:
         device = batch.input_ids.device

@@ -33,7 +33,8 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
     ):
-        return _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        output: Tensor = _Linear.apply(x, self.weight, self.bias)
+        return output
     return nn.functional.linear(x, self.weight, self.bias)
 
 

@@ -1,16 +1,17 @@
-"""The policy's weights as the hub names them: whole, adapters merged, one tensor at a time."""
+"""The policy's weights as the hub names them: full tensors with adapters merged, one at a time."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+
+from aspo_lightning.types import State
 
 ADAPTER = "default"  # peft's name for an only adapter
 
@@ -20,7 +21,7 @@ def add_lora(lm: PreTrainedModel, rank: int, alpha: float) -> None:
 
     The adapters' product is zero at first: nothing changes until they are trained.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)  # type: ignore[arg-type]
     inject_adapter_in_model(config, lm, ADAPTER)
 
 
@@ -39,7 +40,7 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
     Only one full tensor exists at a time, if the caller keeps none. With ``dtype`` they are of that; shards are cast
     before they are gathered.
     """
-    adapted: dict[str, Any] = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
+    adapted = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in lm.named_parameters():
         if ".lora_" in name:
             continue
@@ -50,26 +51,29 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
             name = f"{owner}.{attribute}"
             if attribute == "weight":
                 layer = adapted[owner]
-                low, high = (whole(m[ADAPTER].weight.detach()) for m in (layer.lora_A, layer.lora_B))
-                tensor = torch.addmm(whole(tensor), high, low, alpha=layer.scaling[ADAPTER])
-        tensor = whole(tensor.to(dtype or tensor.dtype))
+                low, high = (
+                    full_tensor(part.get_parameter(f"{ADAPTER}.weight").detach())
+                    for part in (layer.lora_A, layer.lora_B)
+                )
+                tensor = torch.addmm(full_tensor(tensor), high, low, alpha=layer.scaling[ADAPTER])
+        tensor = full_tensor(tensor.to(dtype or tensor.dtype))
         # transformers keeps some weights in other shapes than the hub, e.g. the experts of a layer as one.
         yield from revert_weight_conversion(lm, {name: tensor}).items()
 
 
-def without_frozen(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def without_frozen(module: nn.Module, state_dict: State) -> State:
     """A state dict of ``module`` without the parameters that aren't trained, under any of their names."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: value for name, value in state_dict.items() if name not in frozen}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (collective); any other unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     if tensor.placements != (Shard(0),):
         return tensor.full_tensor()
-    # Not full_tensor: gloo's gather holds all of it twice, and so does a gather of shards that differ in size.
+    # Not by DTensor itself: gloo's gather holds all of it twice, and so does a gather of shards that differ in size.
     local, group = tensor.to_local(), tensor.device_mesh.get_group()
     full = torch.empty(tensor.shape, dtype=local.dtype, device=local.device)
     for rank, part in enumerate(full.chunk(dist.get_world_size(group))):

@@ -21,7 +21,7 @@ policy and reference ──► old and reference log-probs            score, and
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
 class Policy(Scorer, Protocol):
     """What a phase needs of the module that trains: see ``ASPOModule``."""
 

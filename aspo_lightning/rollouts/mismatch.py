@@ -10,7 +10,7 @@ from torch import Tensor
 from aspo_lightning.collectives import gather
 from aspo_lightning.engines import Engine, SamplingRequest
 from aspo_lightning.engines.base import generate
-from aspo_lightning.errors import RESUME, ConfigError
+from aspo_lightning.errors import RESUME, RunError
 from aspo_lightning.rollouts.settings import MismatchCorrection
 from aspo_lightning.types import MicroBatch
 
@@ -77,11 +77,11 @@ class Probe:
         )
 
     def check(self, batch: MicroBatch, logprobs: Tensor) -> None:
-        """Raises ConfigError if the engine's log-probs aren't the trainer's, ``logprobs`` [N]."""
+        """Raises RunError if the engine's log-probs aren't the trainer's, ``logprobs`` [N]."""
         difference = (logprobs - batch.generator_logprobs).abs().mean().item()
         allowed = self.AT_FIRST if self.first is None else max(self.LEAST, self.factor * self.first)
         if not difference <= allowed:  # nor if it is not a number
-            raise ConfigError(
+            raise RunError(
                 f"The engine doesn't sample from the policy's weights: on the probe its log-probs differ by "
                 f"{difference:.3g} on average (allowed: {allowed:.3g}). A sync was incomplete, or the weights are not "
                 f"finite. Nothing of this phase was trained on. {RESUME}."

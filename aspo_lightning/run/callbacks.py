@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,10 +12,12 @@ from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.run.folder import run_folder
+from aspo_lightning.run.lightning import datamodule_of, phase_of
+from aspo_lightning.run.tags import TAGS
 
 
 class PhaseReport(Callback):
-    """Logs the measurements of each phase and prints one line an epoch."""
+    """Logs the measurements of each epoch (``run.tags``) and prints them as one line."""
 
     def __init__(self) -> None:
         self._start = 0.0
@@ -23,7 +26,8 @@ class PhaseReport(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before = dict(trainer.callback_metrics)
-        pl_module.log_dict(trainer.datamodule.phase.metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)  # type: ignore[attr-defined]
+        metrics = phase_of(trainer).metrics
+        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
         self._start = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,10 +38,15 @@ class PhaseReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update_s = time.perf_counter() - self._start
-        pl_module.log("time/update_s", update_s, batch_size=1, sync_dist=True)
+        pl_module.log("time/update_s", update_s, logger=False, batch_size=1, sync_dist=True)
         metrics = measured_since(self._before, trainer)
-        _print(epoch_line(trainer.current_epoch, {**metrics, "time/update_s": update_s}))
-        log_epoch(trainer)
+        _print(epoch_line(trainer.current_epoch, metrics))
+        # What is logged with ``logger=False``. Lightning would write it after the epoch's checkpoint: a run killed in
+        # between would be resumed with a gap in its curves.
+        own = {tag: value for tag, value in metrics.items() if tag in TAGS or tag in phase_of(trainer).metrics}
+        for logger in trainer.loggers:
+            logger.log_metrics({**own, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+            logger.save()  # some write to disk now and then only
 
 
 def measured_since(before: Mapping[str, Tensor], trainer: Trainer) -> dict[str, float]:
@@ -46,20 +55,6 @@ def measured_since(before: Mapping[str, Tensor], trainer: Trainer) -> dict[str, 
     Lightning keeps the last value of what isn't measured again, such as the entropy in a phase without a useful group.
     """
     return {tag: float(value) for tag, value in trainer.callback_metrics.items() if value is not before.get(tag)}
-
-
-def log_epoch(trainer: Trainer) -> None:
-    """Writes what was measured in the epoch that ends.
-
-    Lightning does so behind the epoch's checkpoint: a run killed in between would go on with a gap in its curves.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    loop._batches_that_stepped -= 1  # the step of the last batch, as Lightning has it
-    trainer._logger_connector.update_train_epoch_metrics()
-    loop._batches_that_stepped += 1
-    loop._results.clear()  # or it would be written again
-    for logger in trainer.loggers:
-        logger.save()  # some write to disk now and then only
 
 
 def epoch_line(epoch: int, metrics: dict[str, float]) -> str:
@@ -89,19 +84,29 @@ def epoch_line(epoch: int, metrics: dict[str, float]) -> str:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps what a run can be resumed from: every few epochs, and when it ends, whatever the interval."""
+    """Keeps what a run can be resumed from: every few epochs, and when it ends, whatever the interval.
+
+    Args:
+        every_n_epochs: number of epochs between checkpoints. None: 1; 0: only when the run ends.
+        settings: of Lightning's ``ModelCheckpoint``.
+    """
+
+    def __init__(self, every_n_epochs: int | None = None, **settings: Any) -> None:
+        super().__init__(every_n_epochs=1, **settings)
+        self.interval = 1 if every_n_epochs is None else every_n_epochs
+        if self.interval < 0:
+            raise ConfigError(f"checkpoint.every_n_epochs is {every_n_epochs}; it must be at least 0.")
 
     @property
     def state_key(self) -> str:
         return type(self).__qualname__  # a run resumed with another interval keeps its count of what to delete
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        interval = self._every_n_epochs
+        due = self.interval > 0 and (trainer.current_epoch + 1) % self.interval == 0
         limits = ((trainer.current_epoch + 1, trainer.max_epochs), (trainer.global_step, trainer.max_steps))
-        if trainer.should_stop or any(limit is not None and 0 <= limit <= reached for reached, limit in limits):
-            self._every_n_epochs = 1
-        super().on_train_epoch_end(trainer, pl_module)
-        self._every_n_epochs = interval
+        ends = trainer.should_stop or any(limit is not None and 0 <= limit <= reached for reached, limit in limits)
+        if due or ends:
+            super().on_train_epoch_end(trainer, pl_module)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -124,7 +129,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._evaluated = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        evaluations = getattr(trainer.datamodule, "evaluations", {})  # type: ignore[attr-defined]
+        evaluations = getattr(datamodule_of(trainer), "evaluations", {})
         tags = [f"eval/{name}/avg@{sampling.group_size}" for name, sampling in evaluations.items()]
         names = [tag.rpartition("/")[0] for tag in tags]
         if self.monitor is not None and self.monitor.rpartition("/")[0] not in names:

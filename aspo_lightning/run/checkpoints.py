@@ -4,19 +4,24 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch.types import Storage
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.disk import digest_path, file_digest, not_written, sync_to_disk, write_text
+from aspo_lightning.types import State
 
 METADATA = "meta.pt"  # Lightning's name for what isn't sharded in a sharded checkpoint
 
 DIGESTS = "xxh3.json"  # in a sharded checkpoint: of all its files
+
+
+Device = torch.device | str | dict[str, str] | Callable[[Storage, str], Storage]
+"""Where tensors go, as ``torch.load`` takes it."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -25,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's own also renames, but first holds the whole file in memory.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: State, path: str | Path, storage_options: object = None) -> None:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         crc32 = torch.serialization.get_crc32_options()
@@ -47,7 +52,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.serialization.set_crc32_options(crc32)
             temporary.unlink(missing_ok=True)
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Device | None = None, weights_only: bool | None = None
+    ) -> State:
         if Path(path).is_dir():
             raise ConfigError(
                 f"The checkpoint {path} is a sharded one. Resume from it with --trainer.strategy fsdp2, on any number "
@@ -56,13 +63,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         check_whole(Path(path))
         return load(Path(path), map_location=map_location or "cpu")
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)
         digest_path(Path(path)).unlink(missing_ok=True)
 
 
 def check_whole(path: Path) -> None:
-    """Raises ConfigError if a checkpoint (a file, or the folder of a sharded one) is damaged, as far as can be told."""
+    """Checks a checkpoint (a file, or the folder of a sharded one) for damage, as far as can be told.
+
+    Raises:
+        ConfigError: if it doesn't exist.
+        RunError: if it is damaged.
+    """
     path = path.resolve()
     if not path.exists():
         raise ConfigError(f"The checkpoint {path} doesn't exist. --ckpt_path last takes the newest run's newest one.")
@@ -79,19 +91,20 @@ def check_whole(path: Path) -> None:
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error)
     if reason:
-        raise ConfigError(
+        raise RunError(
             f"The checkpoint {path} is damaged: {reason}. Resume from another; with the run's folder as --ckpt_path "
             "that is the newest whole one."
         )
 
 
-def load(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def load(path: Path, *, map_location: Device = "cpu", mmap: bool = False) -> State:
     """What a file holds, if that is tensors and plain data: a checkpoint from a stranger can't run code.
 
     On the CPU unless ``map_location`` says otherwise, also where a GPU wrote it: all ranks of a machine read it.
 
     Raises:
         ConfigError: if it holds something else.
+        RunError: if it is damaged.
     """
     try:
         content = torch.load(path, weights_only=True, map_location=map_location, mmap=mmap)
@@ -102,7 +115,7 @@ def load(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[s
                 "of your own put it there, keep plain data in its state_dict."
             ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"{path} can't be read: {reason}") from error
+        raise RunError(f"{path} can't be read: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} isn't a checkpoint: it holds a {type(content).__name__}.")
     return content
@@ -111,11 +124,12 @@ def load(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[s
 TRAINED_AS = ("model_name_or_path", "lora_rank", "lora_alpha")
 
 
-def metadata(checkpoint: Path) -> dict[str, Any]:
+def metadata(checkpoint: Path) -> State:
     """What isn't sharded in a checkpoint of ``aspo fit``; of one that isn't sharded all of it, not read from the disk.
 
     Raises:
-        ConfigError: if it isn't one, or can't be read.
+        ConfigError: if it isn't one.
+        RunError: if it is damaged.
     """
     content = load(checkpoint / METADATA if checkpoint.is_dir() else checkpoint, mmap=True)
     settings = content.get("model")
@@ -124,7 +138,7 @@ def metadata(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def trained_from(checkpoint: Path) -> dict[str, Any]:
+def trained_from(checkpoint: Path) -> State:
     """The settings of ``ASPOModule`` that a checkpoint's weights fit: the model, its dtype, the adapters.
 
     Raises:
@@ -148,7 +162,7 @@ def check_resumable(checkpoint: Path) -> None:
         )
 
 
-def check_between_phases(checkpoint: Mapping[str, Any]) -> None:
+def check_between_phases(checkpoint: State) -> None:
     """Raises ConfigError for a checkpoint from which no run can be resumed: one that was written within an epoch."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     if epochs["started"] != epochs["processed"]:

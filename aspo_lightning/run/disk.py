@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import ConfigError, RunError
 
 
 def file_digest(path: Path) -> str:
@@ -24,12 +24,12 @@ def digest_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.xxh3")
 
 
-def not_written(path: Path, error: BaseException) -> ConfigError:
+def not_written(path: Path, error: BaseException) -> RunError:
     """What to say of a checkpoint that couldn't be written."""
     folder = next(parent for parent in path.parents if parent.exists())
     full = shutil.disk_usage(folder).free < 1 << 20
     reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return ConfigError(
+    return RunError(
         f"The checkpoint {path} couldn't be written: {reason}. Those before it are as they were; resume from there "
         "with the command that the run printed when it started."
     )

@@ -7,21 +7,22 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import AspoError, ConfigError, RunError
 from aspo_lightning.run.checkpoints import METADATA, check_whole, metadata, trained_steps
 from aspo_lightning.run.disk import write_text
+from aspo_lightning.run.lightning import callback_of
 from aspo_lightning.run.provenance import git_revision, versions
 
 
 class RunFolder:
     """The folder of a run: ``checkpoints/``, ``best/``, ``eval/``, ``config.yaml`` and ``origin.json``.
 
-    The last two are written anew each time the run is resumed, as ``config_resumed_1.yaml`` and so on.
+    The last two are written again on each resume, as ``config_resumed_1.yaml`` and so on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,14 +47,14 @@ class RunFolder:
 
     @staticmethod
     def suffix(number: int) -> str:
-        """Of the names of what a run writes anew when it is resumed for the n-th time."""
+        """Suffix of the files a run writes on its n-th resume."""
         return f"_resumed_{number}" if number else ""
 
-    def config(self) -> dict[str, Any] | None:
+    def config(self) -> dict[str, object] | None:
         """The settings that the run had last; None if it has none.
 
         Raises:
-            ConfigError: if they are damaged.
+            RunError: if they are damaged.
         """
         if not (number := self.starts()):
             return None
@@ -61,7 +62,7 @@ class RunFolder:
         try:
             return dict(yaml.safe_load(path.read_text()))
         except (yaml.YAMLError, ValueError, TypeError) as error:
-            raise ConfigError(
+            raise RunError(
                 f"{path} is damaged: {' '.join(str(error).split())}. Without it a run is resumed with "
                 "--allow_changes true."
             ) from error
@@ -83,14 +84,14 @@ class RunFolder:
         """Keeps other runs out of the folder, for as long as the file is open.
 
         Raises:
-            ConfigError: if one is in it.
+            RunError: if one is in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = (self.path / ".lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(
+            raise RunError(
                 f"Another run is writing to {self.path}. Wait for its end, or start this one again."
             ) from error
         return file
@@ -103,6 +104,7 @@ class RunFolder:
 
         Raises:
             ConfigError: if it has none.
+            RunError: if all are damaged.
         """
         paths = [path for path in self.checkpoints.glob("*.ckpt") if not path.is_symlink()]
         if not paths:
@@ -111,18 +113,18 @@ class RunFolder:
             try:
                 check_whole(path)
                 metadata(path)
-            except ConfigError as error:
+            except AspoError as error:
                 print(f"{str(error).partition('. Resume')[0].removesuffix('.')}. Taking the one before it.")
             else:
                 return path
-        raise ConfigError(f"All checkpoints of {self.path} are damaged: {', '.join(path.name for path in paths)}.")
+        raise RunError(f"All checkpoints of {self.path} are damaged: {', '.join(path.name for path in paths)}.")
 
 
 def _steps(checkpoint: Path) -> float:
     """As the checkpoint says itself: clocks jump, and names are anybody's. What can't be read is looked at first."""
     try:
         return trained_steps(checkpoint)
-    except ConfigError:
+    except AspoError:
         return math.inf
 
 
@@ -204,5 +206,5 @@ class RunRecord(Callback):
 
 def run_folder(trainer: Trainer) -> RunFolder | None:
     """Of the run that a Trainer carries, where one is kept."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback.folder for callback in callbacks if isinstance(callback, RunRecord)), None)
+    record = callback_of(trainer, RunRecord)
+    return record.folder if record else None

@@ -7,9 +7,9 @@ import math
 import signal
 import statistics
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,9 +17,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from aspo_lightning.errors import RESUME, ConfigError
+from aspo_lightning.errors import RESUME, ConfigError, RunError
 from aspo_lightning.run.callbacks import measured_since
 from aspo_lightning.run.folder import run_folder
+from aspo_lightning.run.lightning import keep_signal_handlers, phase_of
+from aspo_lightning.types import State
 
 
 class NonFiniteGuard(Callback):
@@ -38,7 +40,7 @@ class NonFiniteGuard(Callback):
         self.patience, self.in_a_row = patience, 0
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         k = trainer.accumulate_grad_batches
         if (batch_idx + 1) % k:
@@ -49,7 +51,7 @@ class NonFiniteGuard(Callback):
         mine = (p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters())
         finite = all(bool(p.isfinite().all()) for p in mine)
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
-            raise ConfigError(
+            raise RunError(
                 f"The policy's weights aren't finite, found in step {trainer.global_step}; no checkpoint has them. "
                 f"{RESUME}."
             )
@@ -61,10 +63,10 @@ class NonFiniteGuard(Callback):
         kept = ""
         if folder := run_folder(trainer):
             path = folder.not_finite(trainer.global_step, trainer.global_rank)
-            batches = trainer.datamodule.phase.micro_batches[batch_idx + 1 - k : batch_idx + 1]  # type: ignore[attr-defined]
+            batches = phase_of(trainer).micro_batches[batch_idx + 1 - k : batch_idx + 1]
             torch.save([asdict(b) for b in batches], path)
             kept = f" Its micro-batches are in {path}."
-        raise ConfigError(
+        raise RunError(
             f"The loss or gradient wasn't finite in {self.patience} optimizer steps in a row, up to step "
             f"{trainer.global_step}; they were skipped.{kept} {RESUME}, with a lower learning rate if it was too high."
         )
@@ -83,15 +85,16 @@ class RatioCanary(Callback):
         self.tolerance = tolerance
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
+        assert isinstance(outputs, Mapping)
         log_ratio: Tensor = outputs["log_ratio"]
         if batch_idx > 0 or not len(log_ratio):
             return
         tolerance = self.tolerance or (1e-3 if trainer.precision == "32-true" else 0.02)
         mean = log_ratio.abs().mean().item()
         if tolerance < mean < math.inf:  # what isn't finite is NonFiniteGuard's
-            raise ConfigError(
+            raise RunError(
                 f"The first ratios of a phase must be 1, but their mean |log ratio| in epoch {trainer.current_epoch} "
                 f"is {mean:.3g} (allowed: {tolerance:g}). The policy is trained as another one than it was scored as: "
                 f"look for a temperature, a mask or a dropout that differs. {RESUME} when that is found."
@@ -150,7 +153,7 @@ class CollapseGuard(Callback):
         signs = self.signs()
         for sign, message in signs.items():
             if self.stop:
-                raise ConfigError(f"{message} {RESUME}, or leave CollapseGuard.stop out.")
+                raise RunError(f"{message} {RESUME}, or leave CollapseGuard.stop out.")
             if sign not in self._told:  # and again only when it has gone and come back
                 rank_zero_warn(message)
         self._told = set(signs)
@@ -186,10 +189,10 @@ class CollapseGuard(Callback):
             )
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {"curves": self.curves, "told": sorted(self._told)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         self.curves, self._told = state_dict["curves"], set(state_dict["told"])
 
 
@@ -203,14 +206,13 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        # Lightning's own handler broadcasts to the other ranks, which are busy with something else: both would wait.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        keep_signal_handlers(trainer)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

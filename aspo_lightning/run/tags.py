@@ -1,0 +1,48 @@
+"""What a run logs, by TensorBoard tag, and what each tag means. docs/tags.md has ``table``."""
+
+TAGS = {
+    "rollout/reward": "mean task reward of all completions, before shaping",
+    "rollout/accuracy": "share of completions that are full solutions",
+    "rollout/length": "mean number of tokens that the model sampled in a completion",
+    "rollout/truncated_fraction": "share of completions that ran into the length limit",
+    "rollout/repetition_rate": "mean share of a completion's 20-grams of words that it has said before",
+    "rollout/failed_rewards": "number of completions whose reward hung, crashed or raised; they score 0",
+    "rollout/kept_groups": "number of groups that are trained on",
+    "rollout/level": "level that prompts are drawn from (curriculum `RisingLevels`)",
+    "policy/loss": "mean loss of the micro-batches",
+    "policy/entropy": "mean entropy of the policy at the response tokens, in nats",
+    "policy/kl": "mean KL estimate to the reference at the response tokens, in nats (`kl_coef` above 0)",
+    "policy/grad_norm": "mean norm of the optimizer steps' gradients, before clipping",
+    "policy/skipped_steps": "number of optimizer steps that were skipped: their loss or gradient wasn't finite",
+    "policy/clip_fraction_positive": "share of the tokens with positive advantage that left the trust region",
+    "policy/clip_fraction_negative": "the same for negative advantage",
+    "policy/dual_clip_fraction_positive": "share of the tokens with positive advantage limited by `dual_clip`",
+    "policy/dual_clip_fraction_negative": "the same for negative advantage",
+    "policy/ratio_positive": "mean ratio of policy to old policy at the tokens with positive advantage",
+    "policy/ratio_negative": "the same for negative advantage",
+    "mismatch/logprob_abs_mean": "mean absolute difference of the trainer's and the engine's log-probs",
+    "mismatch/logprob_abs_max": "its maximum",
+    "time/sync_s": "seconds until the engine has the new weights",
+    "time/generate_s": "seconds of sampling, with the rewards that are done meanwhile",
+    "time/reward_s": "seconds of waiting for rewards after that",
+    "time/score_s": "seconds of old and reference log-probs",
+    "time/update_s": "seconds of the optimizer steps",
+}
+"""Of each epoch. Those over tokens are missing for an epoch in which no group was trained on."""
+
+EVALUATION = {
+    "avg@<k>": "share of the k completions of each problem that solve it",
+    "pass@<k>": "chance that one of k completions solves a problem",
+    "maj@<k>": "chance that the answer given most often by k completions is right",
+    "length": "mean number of tokens that the model sampled in a completion",
+    "truncated_fraction": "share of completions that ran into the length limit",
+    "repetition_rate": "mean share of a completion's 20-grams of words that it has said before",
+    "failed_rewards": "share of completions whose reward hung, crashed or raised",
+}
+"""Of each benchmark that is evaluated, as ``eval/<benchmark>/...``."""
+
+
+def table() -> str:
+    """Markdown: a row for each tag."""
+    rows = {**TAGS, **{f"eval/<benchmark>/{name}": meaning for name, meaning in EVALUATION.items()}}
+    return "\n".join(["| tag | meaning |", "|---|---|", *(f"| `{tag}` | {meaning} |" for tag, meaning in rows.items())])
