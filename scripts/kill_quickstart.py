@@ -29,7 +29,7 @@ def start(folder: Path, name: str, *more: str) -> subprocess.Popen:
     command += ["--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", str(EPOCHS)]
     command += ["--trainer.default_root_dir", str(folder / name)]
     command += [
-        "--trainer.callbacks+=tests.faults.Completions",
+        "--trainer.callbacks+=tests.support.faults.Completions",
         "--trainer.callbacks.folder",
         str(folder / f"{name}_c"),
     ]

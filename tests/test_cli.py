@@ -40,7 +40,7 @@ def tiny_config(model: str, folder: Path, **data) -> dict:
         )
         return {
             "class_path": "Dataset",
-            "init_args": {"path": str(rows), "reward": "tests.parity_reward.reward"},
+            "init_args": {"path": str(rows), "reward": "tests.support.rewards.parity"},
         }
 
     return {
@@ -195,7 +195,9 @@ def test_turns_refills_a_curriculum_and_hanging_rewards_in_one_run(tiny_model, t
     )
     settings = config["data"]["train"]["init_args"]
     settings.update(
-        reward="tests.hostile_rewards.parity_or_hang", environment="tests.hostile_rewards.once_more", chat=False
+        reward="tests.support.hostile_rewards.parity_or_hang",
+        environment="tests.support.hostile_rewards.once_more",
+        chat=False,
     )
     config["data"].update(reward_timeout_s=1.0, max_completion_length=24)
     start = time.monotonic()

@@ -117,7 +117,7 @@ def trained(tiny_model, tmp_path_factory):
     config = tiny_config(tiny_model, folder, **data)
     rows = folder / "many.jsonl"
     rows.write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(100, 124)))
-    val = {"class_path": "Dataset", "init_args": {"path": str(rows), "reward": "tests.slow_reward.reward"}}
+    val = {"class_path": "Dataset", "init_args": {"path": str(rows), "reward": "tests.support.rewards.slow_parity"}}
     config["data"]["val"] = {"sums": val}
     config["data"]["engine"]["init_args"]["max_num_seqs"] = 8
     path = write(folder, config)
@@ -185,7 +185,7 @@ def test_killed_ten_times_the_result_is_the_same(trained, tested):
     out = folder / "killed"
     command = ["test", "--config", config, "--model", str(run), "--out", str(out)]
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed.py"), "1", "10", str(out), *command],
+        [sys.executable, str(ROOT / "tests" / "support" / "killed.py"), "1", "10", str(out), *command],
         capture_output=True,
         text=True,
         timeout=400,
@@ -200,7 +200,7 @@ def test_killed_ten_times_the_result_is_the_same(trained, tested):
     assert not (out / "journal").exists()
 
 
-NCCL_TWIN = '{"class_path": "tests.nccl_twin.NCCLTwin"}'
+NCCL_TWIN = '{"class_path": "tests.support.nccl_twin.NCCLTwin"}'
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from aspo_lightning.run.folder import RunFolder
-from tests.starters import Starters
+from tests.support.ranks import Starters
 from tests.test_cli import scalars, tiny_config
 
 EPOCHS = 6
@@ -35,11 +35,13 @@ class Ranks:
 
     def start(self, name: str, *args: str, **fault) -> list[int]:
         """The process ids of a start."""
-        callbacks = [{"class_path": "tests.faults.Completions", "init_args": {"folder": str(self.folder / name)}}]
-        callbacks.append({"class_path": "tests.faults.Late"})
+        callbacks = [
+            {"class_path": "tests.support.faults.Completions", "init_args": {"folder": str(self.folder / name)}}
+        ]
+        callbacks.append({"class_path": "tests.support.faults.Late"})
         if fault:
             fault["struck"] = str(self.folder / f"{name}.struck")
-            callbacks.append({"class_path": "tests.faults.Fault", "init_args": fault})
+            callbacks.append({"class_path": "tests.support.faults.Fault", "init_args": fault})
         config = json.loads(json.dumps(self.config))
         config["trainer"]["callbacks"] = callbacks
         config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")

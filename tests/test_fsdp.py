@@ -20,7 +20,7 @@ from aspo_lightning.cli import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
 from aspo_lightning.fsdp import source_dtype
 from tests.conftest import save_model, save_tokenizer
-from tests.recorder import PROBE
+from tests.support.rank_recorder import PROBE
 from tests.test_cli import ASPO, ROOT, aspo, aspo_here, tiny_config
 
 SHARDED = ["--trainer.strategy", "fsdp2", "--trainer.devices"]
@@ -43,7 +43,10 @@ class Runs:
     def command(self, name: str, *args: str, **recorder) -> list[str]:
         config = copy.deepcopy(self.config)
         config["trainer"]["callbacks"] = [
-            {"class_path": "tests.recorder.Recorder", "init_args": {"folder": str(self.folder / name), **recorder}}
+            {
+                "class_path": "tests.support.rank_recorder.RankRecorder",
+                "init_args": {"folder": str(self.folder / name), **recorder},
+            }
         ]
         config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")
         path = self.folder / f"{name}.yaml"
@@ -64,7 +67,7 @@ def on_ranks(ranks: int, folder: Path, commands: list[list[str]]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fits.py"), str(file)],
+            [sys.executable, str(ROOT / "tests" / "support" / "fits.py"), str(file)],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -247,7 +250,7 @@ def test_the_first_rank_reads_a_model_in_its_own_dtype(half_model, tmp_path):
     environment["MASTER_PORT"] = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "loads.py"), str(half_model), str(tmp_path)],
+            [sys.executable, str(ROOT / "tests" / "support" / "sharded_load.py"), str(half_model), str(tmp_path)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             env={**environment, "LOCAL_RANK": str(rank)},

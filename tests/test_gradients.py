@@ -10,7 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from aspo_lightning.advantages import group_advantages
-from tests.one_step import AVERAGING, ENTROPY_COEF, KL_COEF, MAX_LENGTH, SHARDED, TEMPERATURE, drift, make_groups
+from tests.support.one_step import (
+    AVERAGING,
+    ENTROPY_COEF,
+    KL_COEF,
+    MAX_LENGTH,
+    SHARDED,
+    TEMPERATURE,
+    drift,
+    make_groups,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +63,7 @@ def gradients(tiny_model, tmp_path_factory):
         out = tmp_path_factory.mktemp("gradients") / f"{ranks}.pt"
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
         subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "tests" / "one_step.py"), tiny_model, str(out)],
+            [sys.executable, *launcher, str(ROOT / "tests" / "support" / "one_step.py"), tiny_model, str(out)],
             check=True,
             timeout=300,
             capture_output=True,

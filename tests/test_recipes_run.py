@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests import test_benchmarks
-from tests.hub import add_dataset, add_model
-from tests.starters import Starters
+from tests.support.hub_cache import add_dataset, add_model
+from tests.support.ranks import Starters
 from tests.test_cli import ROOT
 from tests.test_plan import MODELS
 from tests.test_recipes import ROWS, dapo_row, verl_row
@@ -94,7 +94,12 @@ def needs(recipe: str, folder: Path) -> dict:
             "num_nodes": 1,
             "max_epochs": 2,
             "default_root_dir": str(folder / "runs"),
-            "callbacks": [{"class_path": "tests.arrived.Arrived", "init_args": {"folder": str(folder / "arrived")}}],
+            "callbacks": [
+                {
+                    "class_path": "tests.support.config_recorder.ConfigRecorder",
+                    "init_args": {"folder": str(folder / "arrived")},
+                }
+            ],
         },
         "model": {
             # A phase moves the weights so far that an engine without the new ones would be seen.

@@ -171,7 +171,7 @@ def test_a_stranger_s_checkpoint_runs_no_code(runs, tmp_path):
 
 def test_a_user_s_plugins_are_kept_and_what_is_switched_off_stays_off(runs):
     off = ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
-    plugin = ["--trainer.plugins", "tests.faults.OwnPrecision"]
+    plugin = ["--trainer.plugins", "tests.support.faults.OwnPrecision"]
     assert runs.fit("plain", *plugin, *off, "--trainer.max_epochs", "1") == 0, runs.text("plain")[-3000:]
     assert "the user's own plugin" in runs.text("plain")
     assert not list(runs.run("plain").glob("**/*.ckpt"))

@@ -12,8 +12,8 @@ pytest.importorskip("jsonargparse", reason="the package isn't installed with wha
 from transformers import Qwen2ForCausalLM
 
 from tests.conftest import save_tokenizer
-from tests.gpu import memory
 from tests.gpu.conftest import TWIN, on
+from tests.support import peak_recorder
 from tests.test_cli import aspo, scalars, tiny_config, write
 from tests.test_plan import R1_DISTILL
 
@@ -113,13 +113,13 @@ def test_an_update_of_a_model_of_1_5_billion_takes_what_the_plan_says(gpu, note,
     made = config(model, tmp_path, gpu, "transformers", **data)
     made["model"]["gradient_checkpointing"] = True
     made["trainer"].update(precision="bf16-mixed", limit_val_batches=0, enable_checkpointing=False)
-    made["trainer"]["callbacks"] = [memory.callback(tmp_path / "peak")]
+    made["trainer"]["callbacks"] = [peak_recorder.callback(tmp_path / "peak")]
     settings = ["--config", write(tmp_path, made)]
     there = torch.cuda.get_device_properties(gpu).total_memory / 1e9 if gpu.type == "cuda" else 1000
     plan, fits = planned(*settings, "--gpu-memory", str(there))
     if not fits:
         pytest.skip(f"by its plan it takes {plan:.0f} GB, and this GPU has {there:.0f}")
     called("fit", *settings, timeout=400)
-    (took,) = memory.peaks(tmp_path / "peak")
+    (took,) = peak_recorder.peaks(tmp_path / "peak")
     note(f"an update of {data['token_budget']} tokens takes {took:.2f} GB, planned {plan:.2f}")
     assert 0.7 * plan < took < 1.05 * plan or (TWIN and 0.3 * plan < took < 2 * plan)

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 from aspo_lightning.engines import SamplingRequest, VLLMServers
 from aspo_lightning.errors import ConfigError
 from tests.conftest import save_tokenizer
-from tests.gpu import memory
 from tests.gpu.conftest import DEVICE, TWIN, on
 from tests.gpu.test_runs import config, planned
+from tests.support import peak_recorder
 from tests.test_cli import ASPO, ROOT, scalars, write
 from tests.test_fsdp import SHARDED, Runs, distance, relative
 from tests.test_plan import MODELS
@@ -226,7 +226,7 @@ def test_a_phase_of_64_x_16_of_a_model_of_8_billion_takes_what_the_plan_says(sma
         devices=RANKS,
         precision="bf16-mixed",
         strategy={"class_path": "FSDP2Strategy", "init_args": {"reduce_each_micro_batch": True}},
-        callbacks=[memory.callback(tmp_path / "peak")],
+        callbacks=[peak_recorder.callback(tmp_path / "peak")],
         limit_val_batches=0,
     )
     made["checkpoint"] = {"every_n_epochs": 2}
@@ -242,6 +242,6 @@ def test_a_phase_of_64_x_16_of_a_model_of_8_billion_takes_what_the_plan_says(sma
     if DEVICE.type == "cuda":
         assert size == pytest.approx(12 * 8.191, rel=0.02)  # weights and AdamW's two, in float32
     plan, _ = planned(*settings)
-    took = max(memory.peaks(tmp_path / "peak"))
+    took = max(peak_recorder.peaks(tmp_path / "peak"))
     note(f"8B: an update takes {took:.1f} GB of each GPU, planned {plan:.1f}; a checkpoint {size:.0f} GB")
     assert 0.7 * plan < took < 1.05 * plan or (TWIN and 0.2 * plan < took < 3 * plan)

@@ -1,8 +1,8 @@
 """An `aspo` command that is killed at random moments, started again until it is done, and then once more.
 
-python tests/killed.py SEED KILLS FOLDER COMMAND...: a moment is when the files of FOLDER's journal have grown by a
-random number of bytes. Every start gets a process of its own, forked after the slow imports. The journal's size at each
-kill goes to FOLDER.kills.
+python tests/support/killed.py SEED KILLS FOLDER COMMAND...: a moment is when the files of FOLDER's journal have grown
+by a random number of bytes. Every start gets a process of its own, forked after the slow imports. The journal's size at
+each kill goes to FOLDER.kills.
 """
 
 import os

@@ -1,6 +1,6 @@
 """One optimizer step by Lightning for many ways to split it; writes the gradients. Run by test_gradients.py.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/one_step.py MODEL OUT
+python -m torch.distributed.run --nproc_per_node 2 tests/support/one_step.py MODEL OUT
 """
 
 import math

@@ -11,12 +11,12 @@ from tests.test_fsdp import free_port
 
 
 class Starters:
-    """A process for each rank, see starts.py; ``environment`` is theirs and their forks'."""
+    """A process for each rank, see fork_server.py; ``environment`` is theirs and their forks'."""
 
     def __init__(self, ranks: int, **environment: str) -> None:
         self.processes = [
             subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "starts.py")],
+                [sys.executable, str(ROOT / "tests" / "support" / "fork_server.py")],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
