@@ -14,7 +14,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import MicroBatch
-from tests.conftest import save_model, save_tokenizer
+from tests.support.models import save_model, save_tokenizer
 
 PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 9, 40, 7)]  # one fills a block of the prefix cache
 

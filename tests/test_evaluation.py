@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aspo_lightning.cli.export import load_policy
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.metrics import measure
 from aspo_lightning.evaluation.results import COMPLETIONS, RESULT, TABLE, FileJournal, Results, check_folder, read_known
 from aspo_lightning.identity import weights_digest
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
-from tests.test_cli import ROOT, aspo, aspo_here, scalars, tiny_config, write
+from tests.support.commands import ROOT, aspo, aspo_here
+from tests.support.configs import tiny_config, write_config
 
 SETTINGS = {"seed": 0, "benchmarks": {"sums": {"samples": 2}}}
 
@@ -120,7 +122,7 @@ def trained(tiny_model, tmp_path_factory):
     val = {"class_path": "Dataset", "init_args": {"path": str(rows), "reward": "tests.support.rewards.slow_parity"}}
     config["data"]["val"] = {"sums": val}
     config["data"]["engine"]["init_args"]["max_num_seqs"] = 8
-    path = write(folder, config)
+    path = write_config(folder / "config.yaml", config)
     result = aspo("fit", "--config", path)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, path, folder / "tiny" / "version_0"
@@ -167,7 +169,7 @@ def test_a_checkpoint_scores_as_in_training_and_as_its_exported_folder(trained, 
     policy, _ = load_policy(best)
     assert weights_digest(full_weights(policy.lm)) == results[0]["settings"]["weights"]
     # TensorBoard has the same numbers.
-    curves = scalars(run)
+    curves = read_run(run)
     for name, m in results[0]["benchmarks"]["sums"]["measurements"].items():
         assert curves[f"eval/sums/{name}"][-1][1] == pytest.approx(m["value"])
     completions = [json.loads(line) for line in (tested / COMPLETIONS).read_text().splitlines()]

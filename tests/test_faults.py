@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.run.folder import RunFolder
+from tests.support.configs import tiny_config
 from tests.support.ranks import Starters
-from tests.test_cli import scalars, tiny_config
 
 EPOCHS = 6
 
@@ -78,7 +79,7 @@ class Ranks:
         ours, theirs = ({p.name: p.read_text() for p in folder.iterdir()} for folder in folders)
         assert ours == theirs
         assert len(ours) == EPOCHS
-        before, after = (scalars(self.run(n)) for n in ("undisturbed", name))
+        before, after = (read_run(self.run(n)) for n in ("undisturbed", name))
         assert before.keys() == after.keys()
         assert [value for _, value in after["late"]] == list(range(EPOCHS))  # each epoch once
         for tag in before:

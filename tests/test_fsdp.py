@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from aspo_lightning.cli import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
 from aspo_lightning.fsdp import source_dtype
-from tests.conftest import save_model, save_tokenizer
+from tests.support.commands import ASPO, ROOT, aspo, aspo_here
+from tests.support.configs import tiny_config
+from tests.support.models import save_model, save_tokenizer
 from tests.support.rank_recorder import PROBE
-from tests.test_cli import ASPO, ROOT, aspo, aspo_here, tiny_config
 
 SHARDED = ["--trainer.strategy", "fsdp2", "--trainer.devices"]
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from tests import test_benchmarks
+from tests.support.commands import ROOT
 from tests.support.hub_cache import add_dataset, add_model
+from tests.support.published_models import MODELS
 from tests.support.ranks import Starters
-from tests.test_cli import ROOT
-from tests.test_plan import MODELS
 from tests.test_recipes import ROWS, dapo_row, verl_row
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "recipes").glob("*.yaml")}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aspo_lightning.cli.fit import RUN
-from tests.test_cli import scalars
+from aspo_lightning.cli.report import read_run
 from tests.test_faults import Ranks, state
 
 EPOCHS = 4
@@ -87,9 +87,10 @@ def test_killed_after_its_second_epoch_it_is_resumed_by_the_command_it_printed(r
     assert set(saved[0]) <= set(saved[1])  # Lightning keeps the one that a run was resumed from
     assert {p.name for p in run.glob("*.yaml")} >= {"config.yaml", "config_resumed_1.yaml"}
     assert len(list((run / "eval").iterdir())) == EPOCHS + 1
-    curves = scalars(runs.run("undisturbed"))
+    curves = read_run(runs.run("undisturbed"))
     curves = {tag: points for tag, points in curves.items() if tag != "epoch" and not tag.startswith("time/")}
-    for found in [scalars(run)] * (kind in ("tensorboard", "two")) + [csv_curves(run)] * (kind in ("csv", "two")):
+    readers = [read_run] * (kind in ("tensorboard", "two")) + [csv_curves] * (kind in ("csv", "two"))
+    for found in (read(run) for read in readers):
         assert {tag: points for tag, points in found.items() if tag in curves} == curves
     if kind == "wandb":
         assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 2
@@ -100,7 +101,7 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(runs):
     assert runs.again("early", resume_command(runs.text("early"))) == 0, runs.text("early")[-3000:]
     assert "Resuming from its beginning: the run has no checkpoint yet" in runs.text("early")
     assert [path.name for path in runs.run("early").parent.iterdir()] == ["version_0"]
-    assert scalars(runs.run("early"))["policy/loss"] == scalars(runs.run("undisturbed"))["policy/loss"]
+    assert read_run(runs.run("early"))["policy/loss"] == read_run(runs.run("undisturbed"))["policy/loss"]
 
 
 def test_a_checkpoint_by_its_path_starts_a_run_of_its_own(runs):
@@ -196,4 +197,4 @@ def test_a_dry_run_leaves_nothing_and_a_default_logger_logs_into_the_run(runs, m
     monkeypatch.setitem(runs.config["trainer"], "logger", True)
     bar = ["--trainer.callbacks+=RichProgressBar", "--trainer.max_epochs", "1"]
     assert runs.fit("default", *bar) == 0, runs.text("default")[-3000:]
-    assert "policy/loss" in scalars(runs.run("default"))
+    assert "policy/loss" in read_run(runs.run("default"))

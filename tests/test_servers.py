@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from transformers import GenerationConfig
 
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers, transfer
 from aspo_lightning.engines.access import RequireToken
 from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
 from aspo_lightning.errors import ConfigError
-from tests.conftest import save_model, save_tokenizer
-from tests.test_cli import ASPO, ROOT, aspo, aspo_here, scalars
+from tests.support.commands import ASPO, ROOT, aspo, aspo_here
+from tests.support.models import save_model, save_tokenizer
 from tests.test_fsdp import SHARDED, Runs, free_port, on_ranks
 
 TOKEN = "a-secret-of-these-tests"
@@ -174,12 +175,12 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     epochs = int(checkpoint.stem.removeprefix("epoch_")) + 1
     saved = torch.load(checkpoint, weights_only=False)
     assert saved["global_step"] == 2 * epochs
-    assert len(scalars(run)["policy/loss"]) == epochs  # every epoch trained is in the checkpoint
+    assert len(read_run(run)["policy/loss"]) == epochs  # every epoch trained is in the checkpoint
 
     go_on = ["--ckpt_path", "last", "--trainer.max_epochs", str(epochs + 1)]
     result = aspo(*runs.command("broken", *engine(servers[0]), *go_on))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(scalars(run)["policy/loss"]) == epochs + 1
+    assert len(read_run(run)["policy/loss"]) == epochs + 1
 
 
 @pytest.mark.parametrize("part", ["all of it", "its engine"])

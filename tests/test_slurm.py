@@ -6,7 +6,8 @@ import subprocess
 
 import yaml
 
-from tests.test_cli import ASPO, ROOT, tiny_config
+from tests.support.commands import ASPO, ROOT
+from tests.support.configs import tiny_config
 from tests.test_fsdp import free_port
 
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.test_cli import ROOT
+from tests.support.commands import ROOT
 from tests.test_fsdp import free_port
 
 

@@ -19,15 +19,17 @@ pytest.importorskip("jsonargparse", reason="the package isn't installed with wha
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, VLLMServers
 from aspo_lightning.errors import ConfigError
-from tests.conftest import save_tokenizer
-from tests.gpu.conftest import DEVICE, TWIN, on
 from tests.gpu.test_runs import config, planned
 from tests.support import peak_recorder
-from tests.test_cli import ASPO, ROOT, scalars, write
+from tests.support.commands import ASPO, ROOT
+from tests.support.configs import write_config
+from tests.support.gpu import DEVICE, TWIN, on
+from tests.support.models import save_tokenizer
+from tests.support.published_models import MODELS
 from tests.test_fsdp import SHARDED, Runs, distance, relative
-from tests.test_plan import MODELS
 from tests.test_servers import Server, ready
 
 RANKS = min(8, torch.cuda.device_count()) or 2 * TWIN
@@ -230,10 +232,10 @@ def test_a_phase_of_64_x_16_of_a_model_of_8_billion_takes_what_the_plan_says(sma
         limit_val_batches=0,
     )
     made["checkpoint"] = {"every_n_epochs": 2}
-    settings = ["--config", write(tmp_path, made)]
+    settings = ["--config", write_config(tmp_path / "config.yaml", made)]
     finished(["fit", *settings], tmp_path / "log", 1800)
     run = tmp_path / "tiny" / "version_0"
-    logged = scalars(run)
+    logged = read_run(run)
     for part in ("generate", "score", "update", "sync"):
         note(f"8B, {prompts} x {group} x {completion} tokens, {part}: {logged[f'time/{part}_s'][-1][1]:.1f} s")
     assert max(value for _, value in logged["mismatch/logprob_abs_mean"]) < 0.1  # after updates too
