@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
+import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,10 @@ from aspo_lightning.evaluation.results import COMPLETIONS, RESULT, TABLE, FileJo
 from aspo_lightning.identity import weights_digest
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
-from tests.support.commands import ROOT, aspo, aspo_here
+from tests.support.commands import aspo, aspo_here
 from tests.support.configs import tiny_config, write_config
+from tests.support.processes import eventually
+from tests.support.ranks import Ranks
 
 SETTINGS = {"seed": 0, "benchmarks": {"sums": {"samples": 2}}}
 
@@ -186,19 +188,25 @@ def test_killed_ten_times_the_result_is_the_same(trained, tested):
     folder, config, run = trained
     out = folder / "killed"
     command = ["test", "--config", config, "--model", str(run), "--out", str(out)]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "killed.py"), "1", "10", str(out), *command],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    sizes = (folder / "killed.kills").read_text().split()
+
+    def size() -> int:
+        return sum(file.stat().st_size for file in (out / "journal").glob("*.jsonl"))
+
+    draw, sizes = random.Random(1), []
+    with Ranks(1, folder) as rank:
+        for kill in range(10):
+            enough = size() + draw.randrange(4000)
+            (pid,) = rank.start(f"kill_{kill}", command)
+            assert eventually(lambda enough=enough: size() > enough, 100, every=0.0005), rank.text(f"kill_{kill}")
+            os.kill(pid, signal.SIGKILL)
+            assert rank.wait() == [-signal.SIGKILL], rank.text(f"kill_{kill}")
+            sizes.append(size())
+        rank.run("rest", command)
+        rank.run("again", command)
+        shown = rank.text("rest") + rank.text("again")
     assert len(set(sizes)) == 10  # each time it had gone on
     assert files(out) == files(tested)  # and started once more it was only shown
-    assert result.stdout.count(files(tested)[TABLE]) == 2
+    assert shown.count(files(tested)[TABLE]) == 2
     assert not (out / "journal").exists()
 
 

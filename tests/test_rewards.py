@@ -19,6 +19,7 @@ from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.math import accepted_answers, last_boxed
 from aspo_lightning.rewards.math import reward as math_reward
 from aspo_lightning.rewards.reasoning_gym import reward as gym_reward
+from tests.support.processes import eventually
 
 
 @pytest.fixture
@@ -109,13 +110,6 @@ def test_closing_does_not_wait_for_a_supervisor_that_is_stopped(pool, monkeypatc
     os.kill(supervisor, signal.SIGSTOP)
     pool.close()
     assert not alive(supervisor)
-
-
-def eventually(holds) -> bool:
-    deadline = time.monotonic() + 20
-    while not (met := holds()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(met)
 
 
 def alive(pid: int) -> bool:

@@ -13,7 +13,8 @@ import torch
 
 from aspo_lightning.cli.fit import RUN
 from aspo_lightning.cli.report import read_run
-from tests.test_faults import Ranks, state
+from tests.support.faulty_runs import FaultyRuns, state
+from tests.support.ranks import Ranks
 
 EPOCHS = 4
 
@@ -21,11 +22,11 @@ EPOCHS = 4
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory):
     engine = {"class_path": "TransformersEngine"}  # what samples doesn't matter here
-    runs = Ranks(tiny_model, tmp_path_factory.mktemp("runs"), engine=engine)
-    runs.config["trainer"].update(max_epochs=EPOCHS, check_val_every_n_epoch=1)
-    assert runs.fit("undisturbed") == 0, runs.text("undisturbed")[-3000:]
-    yield runs
-    runs.close()
+    with Ranks(1, tmp_path_factory.mktemp("runs")) as ranks:
+        runs = FaultyRuns(ranks, tiny_model, engine=engine)
+        runs.config["trainer"].update(max_epochs=EPOCHS, check_val_every_n_epoch=1)
+        assert runs.fit("undisturbed") == 0, runs.text("undisturbed")[-3000:]
+        yield runs
 
 
 def logger(kind: str, **settings) -> dict:
