@@ -12,13 +12,13 @@
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from script_tools import in_turn, seconds, spread
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
@@ -52,10 +52,8 @@ def long_row(tokens: int, sequences: int) -> None:
     batch = row([tokens // sequences] * sequences, prompt=1)
     model(row([64], prompt=1))[0].sum().backward()  # imports and threads aren't what is measured
     before = peak_memory()
-    start = time.perf_counter()
-    model(batch)[0].sum().backward()
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "mib": (peak_memory() - before) / 2**20}))
+    taken = seconds(lambda: model(batch)[0].sum().backward())
+    print(json.dumps({"seconds": taken, "mib": (peak_memory() - before) / 2**20}))
 
 
 def phase(models: dict[str, ScoredCausalLM], budget: int, repeats: int) -> None:
@@ -74,29 +72,18 @@ def phase(models: dict[str, ScoredCausalLM], budget: int, repeats: int) -> None:
             model(batch)[0].sum().backward()
         model.zero_grad()
 
-    def seconds(work: Callable[[ScoredCausalLM], None], attention: str) -> float:
+    def way(work: Callable[[ScoredCausalLM], None], attention: str) -> None:
         models[attention].lm.set_attn_implementation(attention)
-        start = time.perf_counter()
         work(models[attention])
-        return time.perf_counter() - start
 
     for name, work in (("scoring", score), ("update", update)):
-        times: dict[str, list[float]] = {"packed": [], "sdpa": []}
-        for repeat in range(repeats + 1):
-            for attention, taken in times.items():
-                value = seconds(work, attention)
-                if repeat:  # the first warms up
-                    taken.append(value)
+        times = in_turn({attention: partial(way, work, attention) for attention in ("packed", "sdpa")}, repeats)
         ratios = [packed / masked for packed, masked in zip(times["packed"], times["sdpa"], strict=True)]
         print(
             f"{len(batches)} rows of {each * length} tokens, {name}: packed {spread(times['packed'])} s, sdpa "
             f"{spread(times['sdpa'])} s; packed / sdpa {spread(ratios)}",
             flush=True,
         )
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
@@ -112,8 +99,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--tokens", str(options.tokens), "--sequences", str(sequences)]
         outputs = [subprocess.check_output(command, text=True) for _ in range(min(3, options.repeats))]
         measured = [json.loads(output.splitlines()[-1]) for output in outputs]
-        seconds, mib = (spread([each[key] for each in measured]) for key in ("seconds", "mib"))
-        print(f"{options.tokens} tokens in {sequences} sequences: {seconds} s, {mib} MiB", flush=True)
+        took, mib = (spread([each[key] for each in measured]) for key in ("seconds", "mib"))
+        print(f"{options.tokens} tokens in {sequences} sequences: {took} s, {mib} MiB", flush=True)
     if options.model:
         lm = ScoredCausalLM.from_pretrained(options.model).lm
     else:

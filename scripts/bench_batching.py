@@ -11,17 +11,17 @@ import argparse
 import json
 import random
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from script_tools import ROOT, in_turn, spread
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.rollouts.packing import plan_phase
 from aspo_lightning.types import MicroBatch
 
-ROOT = Path(__file__).parent.parent
 Lengths = list[tuple[int, int]]  # (prompt, completion)
 
 
@@ -43,13 +43,11 @@ def micro_batch(lengths: Lengths, padded: bool) -> MicroBatch:
     return MicroBatch.from_sequences(sequences)
 
 
-def seconds(model: ScoredCausalLM, batches: list[MicroBatch], packs: bool) -> float:
+def update(model: ScoredCausalLM, batches: list[MicroBatch], packs: bool) -> None:
     model.packs = packs
-    start = time.perf_counter()
     for batch in batches:
         model(batch)[0].sum().backward()
     model.zero_grad()
-    return time.perf_counter() - start
 
 
 def bench(name: str, model: ScoredCausalLM, lengths: Lengths, budget: int, repeats: int) -> None:
@@ -65,18 +63,14 @@ def bench(name: str, model: ScoredCausalLM, lengths: Lengths, budget: int, repea
     padded = [micro_batch([lengths[i] for i in batch], padded=True) for batch in batches]
     real = sum(len(b.input_ids) for b in packed)
     ceiling = sum(len(b.input_ids) for b in padded) / real
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for repeat in range(repeats + 1):
-        for packs, work in ((True, packed), (False, padded)):
-            taken = seconds(model, work, packs)
-            if repeat:  # the first warms up
-                times[packs].append(taken)
-    ratios = [b / a for a, b in zip(times[True], times[False], strict=True)]
-    ratio = statistics.median(ratios)
+    ways = {"packed": partial(update, model, packed, True), "padded": partial(update, model, padded, False)}
+    times = in_turn(ways, repeats)
+    ratios = [b / a for a, b in zip(times["packed"], times["padded"], strict=True)]
+    speeds = {way: real / statistics.median(taken) for way, taken in times.items()}
     print(
-        f"{name}: {len(totals)} sequences, {real} tokens; packed {real / statistics.median(times[True]):.0f} tokens/s, "
-        f"padded {real / statistics.median(times[False]):.0f}; ratio {ratio:.2f} ({min(ratios):.2f} to "
-        f"{max(ratios):.2f}), ceiling {ceiling:.2f}: {ratio / ceiling:.0%} of it"
+        f"{name}: {len(totals)} sequences, {real} tokens; packed {speeds['packed']:.0f} tokens/s, padded "
+        f"{speeds['padded']:.0f}; ratio {spread(ratios)}, ceiling {ceiling:.2f}: "
+        f"{statistics.median(ratios) / ceiling:.0%} of it"
     )
     for world_size in (2, 8):
         plan = plan_phase([totals], optimizer_steps=1, world_size=world_size, token_budget=budget)

@@ -17,11 +17,11 @@ import argparse
 import importlib.util
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
-from bench_scorer import WAYS, spread
+from bench_scorer import WAYS
+from script_tools import in_turn, seconds, spread
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -48,29 +48,6 @@ class Plain(ScoredCausalLM):
         output = self.lm(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
         logprobs = output.logits[0, batch.response_index].float().log_softmax(-1)
         return logprobs.gather(1, batch.targets[:, None]).squeeze(1), logprobs
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def in_turn(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way that runs here, after a first time that doesn't count."""
-    times: dict[str, list[float]] = {}
-    for name, work in ways.items():
-        try:
-            seconds(work)
-            times[name] = []
-        except (ImportError, RuntimeError, ValueError) as error:  # torch's out of memory is a RuntimeError
-            print(f"  {name} doesn't run here: {' '.join(str(error).split())[:100]}")
-    for _ in range(repeats):
-        for name, taken in times.items():
-            taken.append(seconds(ways[name]))
-    return times
 
 
 def peak(repeats: int) -> float:

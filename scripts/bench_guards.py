@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
+
+from script_tools import ROOT, spread
 
 from aspo_lightning import datamodule
 from aspo_lightning.cli.main import main as aspo
@@ -47,27 +48,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     pairs = parser.parse_args().pairs
     epochs = WARM_UP + 2 * pairs + 1
-    config = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+    config = ROOT / "configs" / "quickstart.yaml"
     sys.argv[1:] = ["fit", "--config", str(config), "--trainer.max_epochs", str(epochs)]
-    sys.argv += [
-        "--trainer.logger",
-        "false",
-        "--trainer.limit_val_batches",
-        "0",
-        "--trainer.enable_checkpointing",
-        "false",
-    ]
-    sys.argv += ["--model.optimizer.init_args.lr", "0"]
+    sys.argv += ["--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"]
+    sys.argv += ["--model.optimizer.init_args.lr=0"]
     datamodule.Rollouts = SameEpoch
     with tempfile.TemporaryDirectory() as folder:
         sys.argv += ["--trainer.default_root_dir", folder]
         aspo()
     seconds = SameEpoch.seconds[WARM_UP:]
-    ratios = sorted(b / a for a, b in zip(seconds[::2], seconds[1::2], strict=True))
+    ratios = [b / a for a, b in zip(seconds[::2], seconds[1::2], strict=True)]
     print(f"without: {statistics.median(seconds[::2]):.2f} s an epoch, with: {statistics.median(seconds[1::2]):.2f} s")
-    print(
-        f"with / without: median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f} of {pairs} pairs"
-    )
+    print(f"with / without: {spread(ratios)}, of {pairs} pairs")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ once against on one.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,10 +20,10 @@ from pathlib import Path
 import torch
 import yaml
 from lightning.pytorch import Callback
+from script_tools import ASPO, ROOT, environment, spread
 
 from aspo_lightning.cli.report import read_run
 
-ROOT = Path(__file__).parent.parent
 PARTS = ("generate", "score", "update")
 
 
@@ -81,7 +80,7 @@ def config(model: str, folder: Path, ranks: int, epochs: int) -> dict:
             "max_epochs": epochs,
             "limit_val_batches": 0,
             "default_root_dir": str(folder / f"ranks_{ranks}"),
-            "callbacks": [{"class_path": "scripts.bench_scaling.Measure", "init_args": {"folder": str(folder)}}],
+            "callbacks": [{"class_path": "bench_scaling.Measure", "init_args": {"folder": str(folder)}}],
         },
         "checkpoint": {"every_n_epochs": epochs},
         "model": {
@@ -115,13 +114,13 @@ def run(model: str, ranks: int, epochs: int) -> tuple[dict[str, list[float]], li
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(config(model, folder, ranks, epochs)))
         subprocess.run(
-            [str(Path(sys.executable).with_name("aspo")), "fit", "--config", str(path)],
+            [ASPO, "fit", "--config", str(path)],
             check=True,
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             # Tensors of their own pages: what is measured of a sync is tensors, not holes in the heap.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+            env=environment(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_=str(1 << 20)),
         )
         curves = read_run(folder / f"ranks_{ranks}" / "version_0")
         records = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
@@ -143,8 +142,9 @@ def product(seconds: float = 4.0) -> float:
 
 def products(processes: int) -> float:
     """Of that many processes together."""
-    command = [sys.executable, "-c", "from scripts.bench_scaling import product; print(product())"]
-    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    command = [sys.executable, "-c", "from bench_scaling import product; print(product())"]
+    pipe = {"stdout": subprocess.PIPE, "text": True, "env": environment()}
+    started = [subprocess.Popen(command, **pipe) for _ in range(processes)]
     return sum(float(process.communicate()[0]) for process in started)
 
 
@@ -154,15 +154,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="the first isn't counted")
     options = parser.parse_args()
     ceilings = [products(2) / products(1) for _ in range(3)]
-    spread = f"({min(ceilings):.2f} to {max(ceilings):.2f})"
-    print(f"plain products, two cores / one: {statistics.median(ceilings):.2f} {spread}")
+    print(f"plain products, two cores / one: {spread(ceilings)}")
     one, _ = run(options.model, 1, options.epochs)
     two, records = run(options.model, 2, options.epochs)
     for part in PARTS:
         ratios = [b / a for a, b in zip(one[part], two[part], strict=True)]
         print(
             f"{part}: {statistics.median(one[part]):.0f} tokens/s on one rank, {statistics.median(two[part]):.0f} on "
-            f"two; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"two; ratio {spread(ratios)}"
         )
     loads = [max(pair) * 2 / sum(pair) for pair in zip(*(record["tokens"] for record in records), strict=True)]
     print(f"balance of the ranks, max / mean tokens: {statistics.median(loads):.3f} (at most {max(loads):.3f})")

@@ -9,10 +9,14 @@ this machine. TRL goes beside this environment: pip install --no-deps --target D
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
+
+import torch
+from script_tools import seconds, spread
+
+from aspo_lightning.run.memory import peak_memory
+from aspo_lightning.scorer import token_logprobs
 
 
 def plain(hidden, weight, targets):
@@ -20,8 +24,6 @@ def plain(hidden, weight, targets):
 
 
 def ours(hidden, weight, targets):
-    from aspo_lightning.scorer import token_logprobs
-
     return token_logprobs(hidden, weight, targets)[0]
 
 
@@ -45,10 +47,6 @@ WAYS = {"plain": plain, "ours": ours, "trl": trl, "liger": liger}
 
 
 def measure(way: str, vocabulary: int, tokens: int, hidden_size: int) -> None:
-    import torch
-
-    from aspo_lightning.run.memory import peak_memory
-
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, hidden_size, generator=generator).mul_(0.02).requires_grad_()  # no spike in memory
@@ -57,12 +55,10 @@ def measure(way: str, vocabulary: int, tokens: int, hidden_size: int) -> None:
     few = [tensor.detach()[:64].clone().requires_grad_() for tensor in (hidden, weight)]
     WAYS[way](*few, targets[:64] % 64).sum().backward()  # imports and threads are not what is measured
     before = peak_memory()
-    start = time.perf_counter()
-    (WAYS[way](hidden, weight, targets) * upstream).sum().backward()
-    seconds = time.perf_counter() - start
+    taken = seconds(lambda: (WAYS[way](hidden, weight, targets) * upstream).sum().backward())
     peak = (peak_memory() - before) / 2**20
     gradients = 4 * (hidden.numel() + weight.numel()) / 2**20
-    print(json.dumps({"seconds": seconds, "mib": peak - gradients, "checksum": weight.grad.norm().item()}))
+    print(json.dumps({"seconds": taken, "mib": peak - gradients, "checksum": weight.grad.norm().item()}))
 
 
 def main() -> None:
@@ -90,17 +86,13 @@ def main() -> None:
             else:
                 found[way].append(json.loads(result.stdout.splitlines()[-1]))
     for way, measured in found.items():
-        seconds = [each["seconds"] for each in measured]
+        took = [each["seconds"] for each in measured]
         ratios = [mine["seconds"] / plain["seconds"] for mine, plain in zip(measured, found["plain"], strict=True)]
         mib = max(each["mib"] for each in measured)
         print(
-            f"{way:6s} {spread(seconds)} s; {spread(ratios)} x plain's time of the same turn; {mib:.0f} MiB; "
+            f"{way:6s} {spread(took)} s; {spread(ratios)} x plain's time of the same turn; {mib:.0f} MiB; "
             f"gradient norm {measured[0]['checksum']:.6f}"
         )
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
-from pathlib import Path
+
+from script_tools import ASPO, ROOT
 
 from aspo_lightning.cli.report import read_run
 
-ROOT = Path(__file__).parent.parent
 THRESHOLD, TAG = 0.5, "eval/chain_sum/avg@4"
 
 
@@ -23,7 +22,7 @@ def epochs_to_threshold(curriculum: str, seed: int, problems: int, max_epochs: i
     """The number of epochs after which the held-out avg@4 is at least the threshold. None: not reached."""
     root = ROOT / "runs" / f"curriculum_{curriculum}_{problems}" / f"seed_{seed}"
     stop = {"monitor": TAG, "mode": "max", "stopping_threshold": THRESHOLD, "patience": max_epochs}
-    command = [str(Path(sys.executable).with_name("aspo")), "fit", "--config", "configs/quickstart.yaml"]
+    command = [ASPO, "fit", "--config", "configs/quickstart.yaml"]
     command += ["--seed_everything", str(seed), "--trainer.max_epochs", str(max_epochs)]
     command += ["--trainer.default_root_dir", str(root)]
     command += ["--trainer.check_val_every_n_epoch", "1", "--checkpoint.every_n_epochs", str(max_epochs)]

@@ -6,39 +6,62 @@ Two runs of five epochs, of about three minutes in all; runs and logs are left i
 """
 
 import argparse
-import os
+import json
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
+from script_tools import ASPO, ROOT, environment
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.test_cli import scalars  # noqa: E402
-from tests.test_faults import state  # noqa: E402
+from aspo_lightning.cli.report import read_run
 
 EPOCHS, KILLED_IN = 5, 3
 
 
-def start(folder: Path, name: str, *more: str) -> subprocess.Popen:
-    command = [str(Path(sys.executable).parent / "aspo"), "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
+class Completions(Callback):
+    """Writes FOLDER/epoch_N.json: all completions and rewards of that phase."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        groups = trainer.datamodule.phase.groups
+        self.folder.mkdir(exist_ok=True)
+        text = json.dumps([(g.prompt.id, r.completion_ids, r.reward) for g in groups for r in g.rollouts])
+        (self.folder / f"epoch_{trainer.current_epoch}.json").write_text(text)
+
+
+def leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """What is in nested containers, by the path to it."""
+    if isinstance(value, dict | list | tuple):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, f"{key}/{name}")
+    else:
+        yield key, value
+
+
+def state(run: Path) -> dict[str, object]:
+    """All of the last checkpoint: weights, optimizer state, schedules, curriculum, loops."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
+    checkpoint.pop("callbacks")  # of other folders
+    return {key: value for key, value in leaves(checkpoint) if "hparams" not in key}
+
+
+def start(folder: Path, name: str, *more: str) -> subprocess.Popen[bytes]:
+    command = [ASPO, "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
     command += ["--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", str(EPOCHS)]
     command += ["--trainer.default_root_dir", str(folder / name)]
-    command += [
-        "--trainer.callbacks+=tests.faults.Completions",
-        "--trainer.callbacks.folder",
-        str(folder / f"{name}_c"),
-    ]
+    command += ["--trainer.callbacks+=kill_quickstart.Completions"]
+    command += ["--trainer.callbacks.folder", str(folder / f"{name}_c")]
     with (folder / f"{name}.log").open("a") as log:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([*command, *more], stdout=log, stderr=log, env=environment)
+        return subprocess.Popen([*command, *more], stdout=log, stderr=log, env=environment())
 
 
-def finish(run: subprocess.Popen) -> None:
+def finish(run: subprocess.Popen[bytes]) -> None:
     if run.wait():
         raise SystemExit(f"it ended with {run.returncode}: see the logs")
 
@@ -65,11 +88,11 @@ def main() -> None:
     for i in range(EPOCHS):
         a, b = ((folder / f"{n}_c" / f"epoch_{i}.json").read_bytes() for n in ("undisturbed", "killed"))
         assert a == b, f"other completions in epoch {i}"
-    a, b = (state(run / "checkpoints" / "last.ckpt") for run in (ours, theirs))
+    a, b = (state(run) for run in (ours, theirs))
     assert a.keys() == b.keys()
     different = [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
     assert not different, different
-    curves, others = ({t: c for t, c in scalars(run).items() if not t.startswith("time/")} for run in (ours, theirs))
+    curves, others = ({t: c for t, c in read_run(run).items() if not t.startswith("time/")} for run in (ours, theirs))
     assert curves == others
     print(f"the same: completions of {EPOCHS} epochs, {len(a)} values of the last checkpoint, {len(curves)} curves")
 

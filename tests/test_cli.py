@@ -6,22 +6,20 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aspo_lightning.cli.main import main
 from aspo_lightning.cli.ranks import MAIN_PROCESS, die_with_main_process
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.objectives import Objective
 from aspo_lightning.run.tags import EVALUATION, TAGS, table
-from tests.conftest import save_model, save_tokenizer
-
-ROOT = Path(__file__).parent.parent
-ASPO = str(Path(sys.executable).with_name("aspo"))
+from tests.support.commands import ROOT, aspo, aspo_here
+from tests.support.configs import tiny_config, write_config
+from tests.support.models import save_model, save_tokenizer
 
 FIT_TAGS = {
     *(f"rollout/{n}" for n in ("reward", "accuracy", "length", "truncated_fraction", "repetition_rate", "kept_groups")),
@@ -33,81 +31,11 @@ FIT_TAGS = {
 }
 
 
-def tiny_config(model: str, folder: Path, **data) -> dict:
-    def task(name: str, first: int, size: int) -> dict:
-        rows = folder / f"{name}.jsonl"
-        rows.write_text(
-            "".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(first, first + size))
-        )
-        return {
-            "class_path": "Dataset",
-            "init_args": {"path": str(rows), "reward": "tests.parity_reward.reward"},
-        }
-
-    return {
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "check_val_every_n_epoch": 2,
-            "default_root_dir": str(folder / "tiny"),
-        },
-        "model": {
-            "model_name_or_path": model,
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
-        },
-        "data": {
-            "train": task("train", 10, 40),
-            "val": {"sums": task("val", 60, 5)},
-            "engine": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.05}},
-            "prompts_per_phase": 4,
-            "group_size": 4,
-            "optimizer_steps": 2,
-            "max_prompt_length": 96,
-            "max_completion_length": 16,
-            "token_budget": 256,
-            "eval_group_size": 2,
-            **data,
-        },
-    }
-
-
-def write(folder: Path, config: dict) -> str:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return str(path)
-
-
-def aspo(*args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [ASPO, *args],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-
-
-def aspo_here(monkeypatch, *args: str) -> int | str | None:
-    """The exit code of ``aspo`` in this process, which has imported everything already."""
-    monkeypatch.setattr(sys, "argv", ["aspo", *args])
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as exit:
-        main()
-    return exit.value.code
-
-
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
     """A run of two epochs with vLLM."""
     folder = tmp_path_factory.mktemp("runs")
-    config = write(folder, tiny_config(tiny_model, folder))
+    config = write_config(folder / "config.yaml", tiny_config(tiny_model, folder))
     result = aspo("fit", "--config", config)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, config, result
@@ -116,7 +44,7 @@ def finished(tiny_model, tmp_path_factory):
 def test_a_fit_leaves_logs_checkpoints_and_its_config(finished):
     folder, _, result = finished
     run = folder / "tiny" / "version_0"
-    logged = scalars(run)
+    logged = read_run(run)
     assert set(logged) >= FIT_TAGS
     assert {len(logged[tag]) for tag in FIT_TAGS} == {2}
     assert [step for step, _ in logged["policy/loss"]] == [1, 3]  # two optimizer steps an epoch
@@ -187,7 +115,7 @@ def test_a_second_run_has_a_folder_of_its_own_and_parts_are_swapped_by_name(fini
     saved = yaml.safe_load((folder / "tiny" / "version_1" / "config.yaml").read_text())
     assert saved["model"]["objective"]["class_path"] == "aspo_lightning.objectives.GRPO"
     assert saved["data"]["engine"]["class_path"].endswith("TransformersEngine")
-    assert "policy/kl" not in scalars(folder / "tiny" / "version_1")
+    assert "policy/kl" not in read_run(folder / "tiny" / "version_1")
 
 
 def test_turns_refills_a_curriculum_and_hanging_rewards_in_one_run(tiny_model, tmp_path):
@@ -196,13 +124,15 @@ def test_turns_refills_a_curriculum_and_hanging_rewards_in_one_run(tiny_model, t
     )
     settings = config["data"]["train"]["init_args"]
     settings.update(
-        reward="tests.hostile_rewards.parity_or_hang", environment="tests.hostile_rewards.once_more", chat=False
+        reward="tests.support.hostile_rewards.parity_or_hang",
+        environment="tests.support.hostile_rewards.once_more",
+        chat=False,
     )
     config["data"].update(reward_timeout_s=1.0, max_completion_length=24)
     start = time.monotonic()
-    result = aspo("fit", "--config", write(tmp_path, config), "--trainer.limit_val_batches", "0")
+    result = aspo("fit", "--config", write_config(tmp_path / "config.yaml", config), "--trainer.limit_val_batches", "0")
     assert result.returncode == 0, result.stderr[-3000:]
-    logged = scalars(tmp_path / "tiny" / "version_0")
+    logged = read_run(tmp_path / "tiny" / "version_0")
     failed = [value for _, value in logged["rollout/failed_rewards"]]
     assert sum(failed) > 0
     waited = [value for _, value in logged["time/reward_s"]]
@@ -219,7 +149,7 @@ def test_turns_refills_a_curriculum_and_hanging_rewards_in_one_run(tiny_model, t
 def test_validate_evaluates_a_checkpoint(finished):
     folder, config, _ = finished
     run = folder / "tiny" / "version_0"
-    at_the_end = scalars(run)["eval/sums/avg@2"][-1][1]
+    at_the_end = read_run(run)["eval/sums/avg@2"][-1][1]
     result = aspo("validate", "--config", config, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
     assert result.returncode == 0, result.stderr[-3000:]
     (shown,) = re.findall(r"eval/sums/avg@2\s+│\s+([\d.]+)", result.stdout)
@@ -228,7 +158,7 @@ def test_validate_evaluates_a_checkpoint(finished):
 
 def test_every_tag_has_a_meaning_and_every_meaning_a_tag(finished):
     """docs/tags.md has them all. Other tests cover what this run lacks: a level, and votes."""
-    logged = scalars(finished[0] / "tiny" / "version_0").keys() - {"epoch"}
+    logged = read_run(finished[0] / "tiny" / "version_0").keys() - {"epoch"}
     evaluated = {re.sub(r"@\d+", "@<k>", tag.removeprefix("eval/sums/")) for tag in logged if tag.startswith("eval/")}
     assert {tag for tag in logged if not tag.startswith("eval/")} == TAGS.keys() - {"rollout/level"}
     assert evaluated == EVALUATION.keys() - {"maj@<k>"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import save_model, save_tokenizer
-from tests.test_cli import ROOT, aspo_here
+from tests.support.commands import ROOT, aspo_here
+from tests.support.models import save_model, save_tokenizer
 
 DOCS = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 # What takes a hub, a cluster, hours, or is this suite.

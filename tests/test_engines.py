@@ -1,7 +1,6 @@
 """Both engines, the real ones, against the trainer's own scorer."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -14,7 +13,8 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import MicroBatch
-from tests.conftest import save_model, save_tokenizer
+from tests.support.models import save_model, save_tokenizer
+from tests.support.processes import free_port
 
 PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 9, 40, 7)]  # one fills a block of the prefix cache
 
@@ -201,14 +201,11 @@ groups = [parallel_state.get_world_group(), parallel_state.get_tp_group()]
 print([g.bound_device_id for group in groups for g in (group.cpu_group, group.device_group)])
 print(dist.group.WORLD.bound_device_id)
 """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     result = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
     )
     assert result.stdout.splitlines()[-2:] == ["[None, None, None, None]", "cuda:0"], result.stderr[-3000:]
 

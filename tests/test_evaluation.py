@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
+import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aspo_lightning.cli.export import load_policy
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.metrics import measure
 from aspo_lightning.evaluation.results import COMPLETIONS, RESULT, TABLE, FileJournal, Results, check_folder, read_known
 from aspo_lightning.identity import weights_digest
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
-from tests.test_cli import ROOT, aspo, aspo_here, scalars, tiny_config, write
+from tests.support.commands import aspo, aspo_here
+from tests.support.configs import tiny_config, write_config
+from tests.support.processes import eventually
+from tests.support.ranks import Ranks
 
 SETTINGS = {"seed": 0, "benchmarks": {"sums": {"samples": 2}}}
 
@@ -117,10 +121,10 @@ def trained(tiny_model, tmp_path_factory):
     config = tiny_config(tiny_model, folder, **data)
     rows = folder / "many.jsonl"
     rows.write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(100, 124)))
-    val = {"class_path": "Dataset", "init_args": {"path": str(rows), "reward": "tests.slow_reward.reward"}}
+    val = {"class_path": "Dataset", "init_args": {"path": str(rows), "reward": "tests.support.rewards.slow_parity"}}
     config["data"]["val"] = {"sums": val}
     config["data"]["engine"]["init_args"]["max_num_seqs"] = 8
-    path = write(folder, config)
+    path = write_config(folder / "config.yaml", config)
     result = aspo("fit", "--config", path)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, path, folder / "tiny" / "version_0"
@@ -167,7 +171,7 @@ def test_a_checkpoint_scores_as_in_training_and_as_its_exported_folder(trained, 
     policy, _ = load_policy(best)
     assert weights_digest(full_weights(policy.lm)) == results[0]["settings"]["weights"]
     # TensorBoard has the same numbers.
-    curves = scalars(run)
+    curves = read_run(run)
     for name, m in results[0]["benchmarks"]["sums"]["measurements"].items():
         assert curves[f"eval/sums/{name}"][-1][1] == pytest.approx(m["value"])
     completions = [json.loads(line) for line in (tested / COMPLETIONS).read_text().splitlines()]
@@ -184,23 +188,29 @@ def test_killed_ten_times_the_result_is_the_same(trained, tested):
     folder, config, run = trained
     out = folder / "killed"
     command = ["test", "--config", config, "--model", str(run), "--out", str(out)]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed.py"), "1", "10", str(out), *command],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    sizes = (folder / "killed.kills").read_text().split()
+
+    def size() -> int:
+        return sum(file.stat().st_size for file in (out / "journal").glob("*.jsonl"))
+
+    draw, sizes = random.Random(1), []
+    with Ranks(1, folder) as rank:
+        for kill in range(10):
+            enough = size() + draw.randrange(4000)
+            (pid,) = rank.start(f"kill_{kill}", command)
+            assert eventually(lambda enough=enough: size() > enough, 100, every=0.0005), rank.text(f"kill_{kill}")
+            os.kill(pid, signal.SIGKILL)
+            assert rank.wait() == [-signal.SIGKILL], rank.text(f"kill_{kill}")
+            sizes.append(size())
+        rank.run("rest", command)
+        rank.run("again", command)
+        shown = rank.text("rest") + rank.text("again")
     assert len(set(sizes)) == 10  # each time it had gone on
     assert files(out) == files(tested)  # and started once more it was only shown
-    assert result.stdout.count(files(tested)[TABLE]) == 2
+    assert shown.count(files(tested)[TABLE]) == 2
     assert not (out / "journal").exists()
 
 
-NCCL_TWIN = '{"class_path": "tests.nccl_twin.NCCLTwin"}'
+NCCL_TWIN = '{"class_path": "tests.support.nccl_twin.NCCLTwin"}'
 
 
 @pytest.mark.parametrize(

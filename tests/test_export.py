@@ -7,7 +7,7 @@ import pytest
 from aspo_lightning import ASPOModule
 from aspo_lightning.cli.export import main
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO
-from tests.conftest import save_model, save_tokenizer
+from tests.support.models import save_model, save_tokenizer
 
 
 @pytest.fixture

@@ -11,140 +11,40 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from aspo_lightning.run.folder import RunFolder
-from tests.starters import Starters
-from tests.test_cli import scalars, tiny_config
-
-EPOCHS = 6
-
-
-class Ranks:
-    """Runs of one config on one or two ranks, started fast."""
-
-    def __init__(self, model: str, folder: Path, ranks: int = 1, **data) -> None:
-        folder.mkdir(exist_ok=True)
-        self.folder, self.ranks = folder, ranks
-        self.config = tiny_config(model, folder, prompts_per_phase=6, curriculum={"class_path": "PassRate"}, **data)
-        self.config["trainer"].update(max_epochs=EPOCHS)
-        if ranks > 1:
-            self.config["trainer"].update(strategy="fsdp2", devices=ranks)
-        self.starters = Starters(ranks)
-        self.close, self.wait = self.starters.close, self.starters.wait
-
-    def start(self, name: str, *args: str, **fault) -> list[int]:
-        """The process ids of a start."""
-        callbacks = [{"class_path": "tests.faults.Completions", "init_args": {"folder": str(self.folder / name)}}]
-        callbacks.append({"class_path": "tests.faults.Late"})
-        if fault:
-            fault["struck"] = str(self.folder / f"{name}.struck")
-            callbacks.append({"class_path": "tests.faults.Fault", "init_args": fault})
-        config = json.loads(json.dumps(self.config))
-        config["trainer"]["callbacks"] = callbacks
-        config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return self.command(name, ["fit", "--config", str(path), *args])
-
-    def command(self, name: str, command: list[str]) -> list[int]:
-        return self.starters.start(command, [self.log(name, rank) for rank in range(self.ranks)])
-
-    def log(self, name: str, rank: int = 0) -> Path:
-        return self.folder / f"{name}_{rank}.log"
-
-    def fit(self, name: str, *args: str, **fault) -> int:
-        """The exit code of a start."""
-        self.start(name, *args, **fault)
-        return self.wait()[0]
-
-    def again(self, name: str, command: list[str]) -> int:
-        """The exit code of a command that a start has printed."""
-        self.command(name, command)
-        return self.wait()[0]
-
-    def run(self, name: str) -> Path:
-        return self.folder / f"run_{name}" / "version_0"
-
-    def text(self, name: str) -> str:
-        return "\n".join(self.log(name, rank).read_text() for rank in range(self.ranks))
-
-    def check_whole(self, name: str) -> None:
-        """Asserts that a run ended as one that was never disturbed: weights, optimizer, completions, curves."""
-        folders = [self.folder / n for n in ("undisturbed", name)]
-        assert [p.name for p in self.run(name).parent.iterdir()] == ["version_0"]
-        ours, theirs = ({p.name: p.read_text() for p in folder.iterdir()} for folder in folders)
-        assert ours == theirs
-        assert len(ours) == EPOCHS
-        before, after = (scalars(self.run(n)) for n in ("undisturbed", name))
-        assert before.keys() == after.keys()
-        assert [value for _, value in after["late"]] == list(range(EPOCHS))  # each epoch once
-        for tag in before:
-            if not tag.startswith("time/"):
-                assert before[tag] == after[tag], tag
-        ours, theirs = (state(self.run(n) / "checkpoints" / "last.ckpt") for n in ("undisturbed", name))
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key], key
-        leftovers = [p.name for p in (self.run(name) / "checkpoints").iterdir() if p.name.endswith(".tmp")]
-        assert leftovers == []
+from tests.support.faulty_runs import EPOCHS, FaultyRuns
+from tests.support.processes import eventually
+from tests.support.ranks import Ranks
 
 
-def state(checkpoint: Path) -> dict:
-    """All of a checkpoint by flat keys: weights, optimizer state, schedules, curriculum, loops."""
-    if checkpoint.is_dir():
-        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-        whole = checkpoint.with_suffix(".whole")
-        dcp_to_torch_save(checkpoint, whole)
-        tensors = torch.load(whole, weights_only=False)
-        whole.unlink()
-        rest = torch.load(checkpoint / "meta.pt", weights_only=False)
-    else:
-        tensors, rest = {}, torch.load(checkpoint, weights_only=False)
-    rest.pop("callbacks")  # of other folders
-    found: dict = {}
-
-    def flatten(value, key):
-        if isinstance(value, dict):
-            for name, part in value.items():
-                flatten(part, f"{key}/{name}")
-        elif isinstance(value, (list, tuple)):
-            for i, part in enumerate(value):
-                flatten(part, f"{key}/{i}")
-        else:
-            found[key] = value
-
-    flatten({**tensors, **rest}, "")
-    return {key: value for key, value in found.items() if "hparams" not in key}
-
-
-def undisturbed(ranks: Ranks) -> Iterator[Ranks]:
-    assert ranks.fit("undisturbed") == 0, ranks.text("undisturbed")[-3000:]
-    yield ranks
-    ranks.close()
+def undisturbed(model: str, folder: Path, ranks: int) -> Iterator[FaultyRuns]:
+    with Ranks(ranks, folder) as started:
+        runs = FaultyRuns(started, model)
+        assert runs.fit("undisturbed") == 0, runs.text("undisturbed")[-3000:]
+        yield runs
 
 
 @pytest.fixture(scope="module")
 def rank(tiny_model, tmp_path_factory):
-    yield from undisturbed(Ranks(tiny_model, tmp_path_factory.mktemp("one_rank")))
+    yield from undisturbed(tiny_model, tmp_path_factory.mktemp("one_rank"), 1)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_model, tmp_path_factory):
-    yield from undisturbed(Ranks(tiny_model, tmp_path_factory.mktemp("two_ranks"), 2))
+    yield from undisturbed(tiny_model, tmp_path_factory.mktemp("two_ranks"), 2)
 
 
 @pytest.mark.parametrize("kind", ["rank", "two_ranks"])
 @pytest.mark.parametrize("seed", range(int(os.environ.get("ASPO_KILLS", "1"))))
 def test_killed_at_a_random_moment_it_goes_on_as_if_it_never_was(request, kind, seed):
     """More of them: ASPO_KILLS=20."""
-    ranks: Ranks = request.getfixturevalue(kind)
+    ranks: FaultyRuns = request.getfixturevalue(kind)
     name, draw = f"killed_{seed}", random.Random(seed)
     after, pids = draw.randrange(EPOCHS - 1), ranks.start(name)
     marks = [(ranks.folder / "undisturbed" / f"epoch_{i}.json").stat().st_mtime for i in (0, EPOCHS - 1)]
-    while not (ranks.folder / name / f"epoch_{after}.json").exists():  # its phase is sampled, rewarded and scored
-        time.sleep(0.001)
+    reached = ranks.folder / name / f"epoch_{after}.json"  # its phase is sampled, rewarded and scored
+    assert eventually(reached.exists, 400, every=0.001)
     time.sleep(draw.uniform(0, (marks[1] - marks[0]) / (EPOCHS - 1)))  # until about the next is
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -235,7 +135,7 @@ def test_on_two_ranks_an_engine_that_breaks_or_hangs_ends_the_run(two_ranks, kin
 
 @pytest.mark.parametrize("kind", ["rank", "two_ranks"])
 def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint_has_them(request, kind):
-    ranks: Ranks = request.getfixturevalue(kind)
+    ranks: FaultyRuns = request.getfixturevalue(kind)
     ranks.start("nan", part="update", kind="nan")
     assert 0 not in ranks.wait()
     assert "The policy's weights aren't finite, found in step " in ranks.text("nan")

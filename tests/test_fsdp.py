@@ -1,18 +1,9 @@
 """FSDP2 and LoRA as a user runs them: real processes over gloo, a vLLM engine on each rank, real checkpoints."""
 
-import copy
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
@@ -20,69 +11,12 @@ from aspo_lightning.cli import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
 from aspo_lightning.fsdp import source_dtype
 from aspo_lightning.policy.settings import ModelSettings
-from tests.conftest import save_model, save_tokenizer
-from tests.recorder import PROBE
-from tests.test_cli import ASPO, ROOT, aspo, aspo_here, tiny_config
-
-SHARDED = ["--trainer.strategy", "fsdp2", "--trainer.devices"]
-
-
-class Runs:
-    """Runs of one config; each is recorded by rank, in a folder of its own."""
-
-    def __init__(self, model: str, folder: Path, data: dict | None = None, **model_settings) -> None:
-        folder.mkdir(exist_ok=True)
-        self.folder = folder
-        config = tiny_config(model, folder, prompts_per_phase=6, no_spread="keep", **(data or {}))
-        # SGD: AdamW would make steps of full size out of the rounding of gradients near zero.
-        config["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
-        config["model"].update(model_settings)
-        config["trainer"].update(max_epochs=3, limit_val_batches=0)
-        config["checkpoint"] = {"save_top_k": -1}
-        self.config = config
-
-    def command(self, name: str, *args: str, **recorder) -> list[str]:
-        config = copy.deepcopy(self.config)
-        config["trainer"]["callbacks"] = [
-            {"class_path": "tests.recorder.Recorder", "init_args": {"folder": str(self.folder / name), **recorder}}
-        ]
-        config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return ["fit", "--config", str(path), *args]
-
-    def records(self, name: str) -> list[dict]:
-        return [torch.load(path, weights_only=False) for path in sorted((self.folder / name).iterdir())]
-
-    def checkpoint(self, name: str, epoch: int) -> Path:
-        return self.folder / f"run_{name}" / "version_0" / "checkpoints" / f"epoch_{epoch:05d}.ckpt"
-
-
-def on_ranks(ranks: int, folder: Path, commands: list[list[str]]) -> None:
-    """The commands in ``ranks`` processes, which find each other as those of a cluster do."""
-    file = folder / f"commands_{ranks}.json"
-    file.write_text(json.dumps([(free_port(), command) for command in commands]))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fits.py"), str(file)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        errors = process.communicate(timeout=500)[1]
-        assert process.returncode == 0, errors[-5000:]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from tests.support.commands import ASPO, aspo, aspo_here
+from tests.support.models import save_model, save_tokenizer
+from tests.support.processes import Group, eventually
+from tests.support.rank_recorder import PROBE
+from tests.support.ranks import Ranks
+from tests.support.recorded_runs import SHARDED, RecordedRuns, distance, relative
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +30,7 @@ def untied_model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory):
     """`two` as a user starts it, by Lightning's own launcher; all others as a cluster does."""
-    runs = Runs(tiny_model, tmp_path_factory.mktemp("sharded"))
+    runs = RecordedRuns(tiny_model, tmp_path_factory.mktemp("sharded"))
     result = aspo(*runs.command("two", *SHARDED, "2"))
     assert result.returncode == 0, result.stderr[-5000:]
     return runs
@@ -104,7 +38,7 @@ def runs(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lora_runs(untied_model, tmp_path_factory):
-    runs = Runs(untied_model, tmp_path_factory.mktemp("lora"), lora_rank=2)
+    runs = RecordedRuns(untied_model, tmp_path_factory.mktemp("lora"), lora_rank=2)
     runs.config["model"]["optimizer"]["init_args"]["lr"] = 1.0
     return runs
 
@@ -113,36 +47,37 @@ def lora_runs(untied_model, tmp_path_factory):
 def sparse_runs(tiny_model, tmp_path_factory):
     """Room for one sequence in a micro-batch: three sequences make 2 x 2 of them, one empty."""
     data = {"group_size": 3, "optimizer_steps": 1, "max_prompt_length": 8, "token_budget": 24}
-    runs = Runs(tiny_model, tmp_path_factory.mktemp("sparse"), data)
+    runs = RecordedRuns(tiny_model, tmp_path_factory.mktemp("sparse"), data)
     runs.config["data"]["prompts_per_phase"] = 1
     return runs
 
 
 @pytest.fixture(scope="module")
-def started(runs, lora_runs, sparse_runs):
+def ranks(tmp_path_factory):
+    with Ranks(2, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def started(ranks, runs, lora_runs, sparse_runs):
     """All runs that finish well."""
     after_first = ["--ckpt_path", str(runs.checkpoint("two", 0))]
-    on_ranks(
-        1,
-        runs.folder,
-        [
-            runs.command("one"),
-            sparse_runs.command("one"),
-            runs.command("two_to_one", *SHARDED, "1", *after_first, "--trainer.max_epochs", "2"),
-        ],
-    )
-    on_ranks(
-        2,
-        runs.folder,
-        [
-            runs.command("two_to_two", *SHARDED, "2", *after_first),
-            runs.command("one_to_two", *SHARDED, "2", "--ckpt_path", str(runs.checkpoint("two_to_one", 1))),
-            runs.command("shared", *SHARDED, "2", "--data.engine.init_args.tensor_parallel_size", "2"),
-            sparse_runs.command("two", *SHARDED, "2"),
-            lora_runs.command("two", *SHARDED, "2"),
-            lora_runs.command("again", *SHARDED, "2", "--ckpt_path", str(lora_runs.checkpoint("two", 1))),
-        ],
-    )
+    for name, command in {
+        "one": runs.command("one"),
+        "sparse_one": sparse_runs.command("one"),
+        "two_to_one": runs.command("two_to_one", *SHARDED, "1", *after_first, "--trainer.max_epochs", "2"),
+    }.items():
+        ranks.run(name, command, first=1)
+    again = ["--ckpt_path", str(lora_runs.checkpoint("two", 1))]
+    for name, command in {
+        "two_to_two": runs.command("two_to_two", *SHARDED, "2", *after_first),
+        "one_to_two": runs.command("one_to_two", *SHARDED, "2", "--ckpt_path", str(runs.checkpoint("two_to_one", 1))),
+        "shared": runs.command("shared", *SHARDED, "2", "--data.engine.init_args.tensor_parallel_size", "2"),
+        "sparse_two": sparse_runs.command("two", *SHARDED, "2"),
+        "lora_two": lora_runs.command("two", *SHARDED, "2"),
+        "lora_again": lora_runs.command("again", *SHARDED, "2", *again),
+    }.items():
+        ranks.run(name, command)
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +88,6 @@ def one(runs, started):
 @pytest.fixture(scope="module")
 def two(runs, started):
     return runs.records("two")
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def distance(ours: dict, theirs: dict) -> float:
-    assert list(ours) == list(theirs)
-    return max(relative(ours[name], theirs[name]) for name in theirs)
 
 
 def test_two_ranks_do_what_one_does(one, two):
@@ -243,19 +169,9 @@ def half_model(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_first_rank_reads_a_model_in_its_own_dtype(half_model, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment["MASTER_PORT"] = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "loads.py"), str(half_model), str(tmp_path)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            env={**environment, "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    peaks = [float(process.communicate(timeout=200)[0]) for process in ranks]
+def test_the_first_rank_reads_a_model_in_its_own_dtype(ranks, half_model, tmp_path):
+    ranks.run("load", [str(half_model), str(tmp_path)], module="tests.support.sharded_load")
+    peaks = [float((tmp_path / f"peak_{rank}").read_text()) for rank in range(2)]
     megabytes = (half_model / "model.safetensors").stat().st_size / 1e6
     # Half of it as float32 shards, on the first rank beside all of it in bfloat16; and a tensor that is under way.
     assert peaks[0] < 2.3 * megabytes
@@ -353,21 +269,10 @@ def test_a_rank_without_sequences_takes_part(sparse_runs, started):
         ("kill", 1, True, ""),
     ],
 )
-def test_when_a_rank_fails_all_end_soon_with_its_reason(runs, fault, rank, stuck, reason):
+def test_when_a_rank_fails_all_end_soon_with_its_reason(runs, tmp_path, fault, rank, stuck, reason):
     engine = ["--data.engine", "TransformersEngine"]
     command = runs.command("fails", *SHARDED, "2", *engine, fault=fault, fault_rank=rank, stuck=stuck)
-    process = subprocess.Popen(
-        [ASPO, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-    errors = process.communicate(timeout=500)[1]  # ends when the last process has closed it
-    ended = time.monotonic()
-    assert process.returncode != 0
-    assert reason in errors
-    while time.monotonic() < ended + 10:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("a process was left over")
+    with Group([ASPO, *command], tmp_path / "log") as run:
+        assert run.wait(500) != 0
+        assert eventually(lambda: not run.is_there(), 10), "a process was left over"
+    assert reason in run.text

@@ -26,7 +26,7 @@ from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, trained_from
 from aspo_lightning.run.disk import digest_path
 from aspo_lightning.tasks import Dataset, MultipleChoice
-from tests.test_cli import tiny_config
+from tests.support.configs import tiny_config
 
 SCALARS = st.one_of(
     st.none(),

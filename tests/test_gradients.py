@@ -1,18 +1,21 @@
 """The gradient of an optimizer step is the same however it is split, and is the one derived by hand in float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from aspo_lightning.advantages import group_advantages
-from tests.one_step import AVERAGING, ENTROPY_COEF, KL_COEF, MAX_LENGTH, SHARDED, TEMPERATURE, drift, make_groups
-
-ROOT = Path(__file__).parent.parent
+from tests.support.one_step import (
+    AVERAGING,
+    ENTROPY_COEF,
+    KL_COEF,
+    MAX_LENGTH,
+    SHARDED,
+    TEMPERATURE,
+    drift,
+    make_groups,
+)
+from tests.support.ranks import Ranks
 
 
 def gradient_by_hand(model: str, averaging: str) -> torch.Tensor:
@@ -49,19 +52,13 @@ def gradient_by_hand(model: str, averaging: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def gradients(tiny_model, tmp_path_factory):
-    results = {}
-    for ranks in (1, 2):
-        out = tmp_path_factory.mktemp("gradients") / f"{ranks}.pt"
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
-        subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "tests" / "one_step.py"), tiny_model, str(out)],
-            check=True,
-            timeout=300,
-            capture_output=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
-        results[ranks] = torch.load(out)
+    folder, results = tmp_path_factory.mktemp("gradients"), {}
+    with Ranks(2, folder) as ranks:
+        for number in (1, 2):
+            out = folder / f"{number}.pt"
+            arguments = [tiny_model, str(out), str(number)]
+            ranks.run(f"ranks_{number}", arguments, module="tests.support.one_step", first=number)
+            results[number] = torch.load(out)
     return results
 
 

@@ -8,7 +8,7 @@ from aspo_lightning import ASPOModule
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.objectives import GRPO
 from aspo_lightning.types import Rollout, RolloutGroup
-from tests.one_step import MAX_LENGTH, OneStep, make_groups
+from tests.support.one_step import MAX_LENGTH, OneStep, make_groups
 from tests.support.phases import build_phase
 
 

@@ -4,10 +4,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import eventually
 
 SCRIPT = str(Path(__file__).parent.parent / "scripts" / "prepare_data.py")
 
@@ -111,9 +112,7 @@ def test_killed_and_started_again_it_writes_the_same_file(tmp_path):
     def rows_saved():
         return json.loads(progress.read_text())["read"] if progress.exists() else 0
 
-    deadline = time.monotonic() + 60
-    while not rows_saved() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert eventually(rows_saved, 60)
     process.send_signal(signal.SIGKILL)
     process.wait()
     state = json.loads((tmp_path / "part.jsonl.progress").read_text())

@@ -60,7 +60,7 @@ def test_the_shipped_pair_doesnt_train_on_what_it_evaluates(source, benchmark, t
     assert training_prompts(train, [held_out]) == train[1:]
 
 
-ODD = "tests.parity_reward.reward"
+ODD = "tests.support.rewards.parity"
 
 
 def data_module(model, folder, **settings) -> RolloutDataModule:
@@ -103,7 +103,7 @@ def test_levels_that_cant_fill_a_phase_are_refused_before_it_starts(tiny_model, 
 @pytest.mark.parametrize("where", ["train", "val"])
 def test_ranks_that_share_an_engine_neither_train_nor_evaluate_with_an_environment(where, tiny_model, tmp_path):
     row = write(tmp_path / "guess.jsonl", *({"question": f"{i}?", "answer": 1} for i in range(4)))
-    task = Dataset(row, reward=ODD, environment="tests.guessing.environment", chat=False)
+    task = Dataset(row, reward=ODD, environment="tests.support.guessing_game.environment", chat=False)
     tasks = {"train": task} if where == "train" else {"val": {"guess": task}}
     data = data_module(tiny_model, tmp_path, engine=VLLMEngine(tensor_parallel_size=2), **tasks)
     data.trainer = Trainer(

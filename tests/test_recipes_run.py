@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from tests import test_benchmarks
-from tests.hub import add_dataset, add_model
-from tests.starters import Starters
-from tests.test_cli import ROOT
-from tests.test_plan import MODELS
+from tests.support.commands import ROOT
+from tests.support.configs import write_config
+from tests.support.hub_cache import add_dataset, add_model
+from tests.support.published_models import MODELS
+from tests.support.ranks import Ranks
 from tests.test_recipes import ROWS, dapo_row, verl_row
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "recipes").glob("*.yaml")}
@@ -94,7 +95,12 @@ def needs(recipe: str, folder: Path) -> dict:
             "num_nodes": 1,
             "max_epochs": 2,
             "default_root_dir": str(folder / "runs"),
-            "callbacks": [{"class_path": "tests.arrived.Arrived", "init_args": {"folder": str(folder / "arrived")}}],
+            "callbacks": [
+                {
+                    "class_path": "tests.support.config_recorder.ConfigRecorder",
+                    "init_args": {"folder": str(folder / "arrived")},
+                }
+            ],
         },
         "model": {
             # A phase moves the weights so far that an engine without the new ones would be seen.
@@ -114,7 +120,7 @@ def needs(recipe: str, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def starters(tmp_path_factory):
+def ranks(tmp_path_factory):
     home = tmp_path_factory.mktemp("hub")
     models = {RECIPES[recipe]["model"]["model_name_or_path"]: config for recipe, config in PUBLISHED.items()}
     for name, published in models.items():
@@ -122,28 +128,24 @@ def starters(tmp_path_factory):
         add_model(home, name, published, words=WORDS, chat_template=template)
     for (name, subset, split), rows in DATASETS.items():
         add_dataset(home, name, subset, split, rows)
-    starters = Starters(2, HF_HOME=str(home), HF_HUB_OFFLINE="1")
-    yield starters
-    starters.close()
+    with Ranks(2, tmp_path_factory.mktemp("logs"), HF_HOME=str(home), HF_HUB_OFFLINE="1") as ranks:
+        yield ranks
 
 
 class Run:
     """A recipe's run, and what its ranks have written down."""
 
-    def __init__(self, starters: Starters, recipe: str, folder: Path, *overlays: str) -> None:
-        self.starters, self.recipe, self.overlays, self.folder = starters, recipe, overlays, folder
+    def __init__(self, ranks: Ranks, recipe: str, folder: Path, *overlays: str) -> None:
+        self.ranks, self.recipe, self.overlays, self.folder = ranks, recipe, overlays, folder
         self.says = RECIPES[recipe]
         self.kind = "code" if recipe.startswith("code") else "math"
         self.path = folder / "runs" / "version_0"
         self.records = self.fit()
 
     def command(self, subcommand: str, *args: str, overlays: tuple[str, ...] = ()) -> None:
-        path = self.folder / "needs.yaml"
-        path.write_text(yaml.safe_dump(needs(self.recipe, self.folder)))
-        configs = [f"configs/recipes/{self.recipe}.yaml", *self.overlays, *overlays, str(path)]
-        logs = [self.folder / f"rank_{rank}.log" for rank in (0, 1)]
-        self.starters.start([subcommand, *(arg for config in configs for arg in ("--config", config)), *args], logs)
-        assert self.starters.wait() == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+        path = write_config(self.folder / "needs.yaml", needs(self.recipe, self.folder))
+        configs = [f"configs/recipes/{self.recipe}.yaml", *self.overlays, *overlays, path]
+        self.ranks.run(self.folder.name, [subcommand, *(a for c in configs for a in ("--config", c)), *args])
 
     def fit(self, *args: str) -> list[dict]:
         self.command("fit", *args)
@@ -170,8 +172,8 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
-def run(request, starters, tmp_path_factory):
-    return Run(starters, request.param, tmp_path_factory.mktemp(request.param))
+def run(request, ranks, tmp_path_factory):
+    return Run(ranks, request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_what_a_recipe_says_arrives(run):
@@ -245,8 +247,8 @@ def saved(run: Run) -> list[int]:
     return sorted(int(folder.stem.removeprefix("epoch_")) for folder in folders)
 
 
-def test_its_grpo_twin_differs_in_the_objective_alone(run, starters, tmp_path):
-    twin = Run(starters, run.recipe, tmp_path, "configs/objectives/grpo.yaml")
+def test_its_grpo_twin_differs_in_the_objective_alone(run, ranks, tmp_path):
+    twin = Run(ranks, run.recipe, tmp_path, "configs/objectives/grpo.yaml")
     for record, theirs in zip(twin.records, run.records, strict=True):
         assert record["objective"] == "GRPO"
         assert {k: v for k, v in record.items() if k not in ("objective", "phases")} == {

@@ -19,6 +19,7 @@ from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.math import accepted_answers, last_boxed
 from aspo_lightning.rewards.math import reward as math_reward
 from aspo_lightning.rewards.reasoning_gym import reward as gym_reward
+from tests.support.processes import eventually
 
 
 @pytest.fixture
@@ -36,18 +37,22 @@ FAILED = RewardResult(0.0, solved=False, failed=True)
 
 
 def items(*names, **row):
-    return [RewardItem({f"tests.hostile_rewards.{name}": 1.0}, str(i), row) for i, name in enumerate(names)]
+    return [RewardItem({f"tests.support.hostile_rewards.{name}": 1.0}, str(i), row) for i, name in enumerate(names)]
 
 
 def test_scores_come_in_the_order_of_the_completions(pool):
-    scores = pool.rewards([RewardItem({"tests.hostile_rewards.number": 1.0}, str(i), {"scale": 2}) for i in range(50)])
+    scores = pool.rewards(
+        [RewardItem({"tests.support.hostile_rewards.number": 1.0}, str(i), {"scale": 2}) for i in range(50)]
+    )
     assert scores == [scored(2.0 * i) for i in range(50)]
     assert pool.rewards([]) == []
 
 
 def test_what_counts_as_a_full_solution(pool):
     rewards = (1.0, 1 - 1e-6, 1 - 2e-6, 0.5)
-    scores = pool.rewards([RewardItem({"tests.hostile_rewards.number": 1.0}, repr(r), {"scale": 1}) for r in rewards])
+    scores = pool.rewards(
+        [RewardItem({"tests.support.hostile_rewards.number": 1.0}, repr(r), {"scale": 1}) for r in rewards]
+    )
     assert [score.solved for score in scores] == [True, True, False, False]
 
 
@@ -86,7 +91,8 @@ def test_what_a_reward_started_ends_with_a_run_that_is_killed(tmp_path):
     pid_file = tmp_path / "pid"
     code = (
         "from aspo_lightning.rewards import *\n"
-        f"item = RewardItem({{'tests.hostile_rewards.daemon_and_hang': 1.0}}, '', {{'file': {str(pid_file)!r}}})\n"
+        f"row, rewards = {{'file': {str(pid_file)!r}}}, {{'tests.support.hostile_rewards.daemon_and_hang': 1.0}}\n"
+        "item = RewardItem(rewards, '', row)\n"
         "RewardPool(workers=1, timeout_s=60).rewards([item])"
     )
     run = subprocess.Popen([sys.executable, "-c", code])
@@ -104,13 +110,6 @@ def test_closing_does_not_wait_for_a_supervisor_that_is_stopped(pool, monkeypatc
     os.kill(supervisor, signal.SIGSTOP)
     pool.close()
     assert not alive(supervisor)
-
-
-def eventually(holds) -> bool:
-    deadline = time.monotonic() + 20
-    while not (met := holds()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(met)
 
 
 def alive(pid: int) -> bool:
@@ -148,13 +147,13 @@ def test_an_answer_to_another_call_is_none(pool):
     assert pool.rewards(items("number", "number", scale=3)) == [scored(0.0), scored(3.0)]
 
 
-@pytest.mark.parametrize("path", ["tests.dies_on_import.reward", "tests.no_such_module.reward"])
+@pytest.mark.parametrize("path", ["tests.support.dies_on_import.reward", "tests.no_such_module.reward"])
 def test_a_reward_that_cannot_be_loaded_is_found_before_the_run(pool, path):
     with pytest.raises(ConfigError, match=f"{path} can't be used"):
         pool.load([path])
 
 
-@pytest.mark.parametrize("path", ["tests.no_such_module.reward", "tests.hostile_rewards.no_such_name"])
+@pytest.mark.parametrize("path", ["tests.no_such_module.reward", "tests.support.hostile_rewards.no_such_name"])
 def test_a_reward_that_cannot_be_imported_is_an_error(pool, path):
     with pytest.raises(ConfigError, match=path):
         pool.rewards([RewardItem({path: 1.0}, "", {})])
@@ -205,7 +204,7 @@ def test_thinking_that_was_never_closed_has_no_answer(name):
 
 
 def math_pairs():
-    for line in Path(__file__).with_name("math_pairs.tsv").read_text().splitlines():
+    for line in (Path(__file__).parent / "support" / "math_pairs.tsv").read_text().splitlines():
         if not line.startswith("#"):
             completion, reference, verdict = line.split("\t")
             yield completion, reference, float(verdict)
@@ -333,20 +332,20 @@ def test_second_chance(turns, reply):
 
 
 def test_rewards_are_summed_by_their_weights(pool):
-    double = {"tests.hostile_rewards.number": 0.5, "tests.parity_reward.reward": 2.0}
+    double = {"tests.support.hostile_rewards.number": 0.5, "tests.support.rewards.parity": 2.0}
     scores = pool.rewards([RewardItem(double, text, {"scale": 3}) for text in ("1", "2")])
     assert [s.reward for s in scores] == [0.5 * 3 + 2.0 * 1, 0.5 * 6 + 0.0]
-    broken = {"tests.hostile_rewards.number": 1.0, "tests.hostile_rewards.fail": 1.0}
+    broken = {"tests.support.hostile_rewards.number": 1.0, "tests.support.hostile_rewards.fail": 1.0}
     assert pool.rewards([RewardItem(broken, "1", {"scale": 3})]) == [FAILED]
 
 
 @pytest.mark.parametrize("weights", [(0.9, 0.05), (1.0, 1.0), (0.1, 2.0), (2.0, -1.0), (0.0, 1.0)])
 def test_what_is_solved_is_the_first_rewards_to_say_whatever_the_weights(pool, weights):
-    first, second = "tests.parity_reward.reward", "tests.hostile_rewards.number"
+    first, second = "tests.support.rewards.parity", "tests.support.hostile_rewards.number"
     rewards = dict(zip((first, second), weights, strict=True))
     items = [RewardItem(rewards, text, {"scale": scale}) for text, scale in (("1", 1), ("1", 0), ("2", 1), ("2", 0))]
     assert [s.solved for s in pool.rewards(items)] == [True, True, False, False]
-    fails = RewardItem({first: 1.0, "tests.hostile_rewards.fail": 0.0}, "1", {})
+    fails = RewardItem({first: 1.0, "tests.support.hostile_rewards.fail": 0.0}, "1", {})
     assert pool.rewards([fails]) == [FAILED]
 
 

@@ -1,17 +1,13 @@
 """The phase of given groups: what is kept, shaped, weighed, packed and scored."""
 
-import json
 import math
-import os
 import time
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import distributed as dist
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rollouts import loop
@@ -21,6 +17,7 @@ from aspo_lightning.rollouts.settings import RewardSettings, check_phase
 from aspo_lightning.rollouts.shaping import has_task_spread, shaped_reward, trained_sequences
 from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
 from tests.support.phases import build_phase
+from tests.support.ranks import in_forks
 
 
 def prompt(i, length=3):
@@ -271,39 +268,9 @@ def test_the_mismatch_is_a_mean_and_a_maximum_over_the_tokens_of_all_micro_batch
     assert mismatch_metrics([mismatched(0.5)])["mismatch/logprob_abs_mean"] == 0.5
 
 
-def on_ranks(folder, world_size, function):
-    """What ``function(rank)`` gives, as JSON, on each of so many processes over gloo: this one, and forks of it."""
-
-    def run(rank):
-        settings = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=30)}
-        dist.init_process_group("gloo", f"file://{folder}/store", **settings)
-        try:
-            (folder / f"{rank}.json").write_text(json.dumps(function(rank)))
-        finally:
-            dist.destroy_process_group()
-
-    children = []
-    for rank in range(1, world_size):
-        if child := os.fork():
-            children.append(child)
-            continue
-        status = 1
-        try:
-            run(rank)
-            status = 0
-        finally:
-            os._exit(status)
-    try:
-        run(0)
-    finally:
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert statuses == [0] * len(children)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
-
-
 def test_the_mismatch_is_that_of_all_ranks(tmp_path):
     shares = [[mismatched(0.5, -0.25), mismatched(-0.125)], [mismatched(-2.0)], [MicroBatch.from_sequences([])]]
-    found = on_ranks(tmp_path, 3, lambda rank: mismatch_metrics(shares[rank]))
+    found = in_forks(tmp_path, 3, lambda rank: mismatch_metrics(shares[rank]))
     assert found == [{"mismatch/logprob_abs_mean": 2.875 / 4, "mismatch/logprob_abs_max": 2.0}] * 3
 
 
@@ -318,7 +285,7 @@ def test_ranks_share_a_phase_and_measure_all_of_it(tmp_path):
             "mismatch": phase.metrics["mismatch/logprob_abs_mean"],
         }
 
-    zero, one = on_ranks(tmp_path, 2, built)
+    zero, one = in_forks(tmp_path, 2, built)
     assert (zero["targets"], one["targets"]) == ([5, 4], [2, 1])
     assert zero["loss_weights"] == pytest.approx([2 * 5 / 7, 2 * 4 / 5])
     assert one["loss_weights"] == pytest.approx([2 * 2 / 7, 2 * 1 / 5])

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from aspo_lightning.cli.fit import RUN
-from tests.test_cli import scalars
-from tests.test_faults import Ranks, state
+from aspo_lightning.cli.report import read_run
+from tests.support.faulty_runs import FaultyRuns, state
+from tests.support.ranks import Ranks
 
 EPOCHS = 4
 
@@ -21,11 +22,11 @@ EPOCHS = 4
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory):
     engine = {"class_path": "TransformersEngine"}  # what samples doesn't matter here
-    runs = Ranks(tiny_model, tmp_path_factory.mktemp("runs"), engine=engine)
-    runs.config["trainer"].update(max_epochs=EPOCHS, check_val_every_n_epoch=1)
-    assert runs.fit("undisturbed") == 0, runs.text("undisturbed")[-3000:]
-    yield runs
-    runs.close()
+    with Ranks(1, tmp_path_factory.mktemp("runs")) as ranks:
+        runs = FaultyRuns(ranks, tiny_model, engine=engine)
+        runs.config["trainer"].update(max_epochs=EPOCHS, check_val_every_n_epoch=1)
+        assert runs.fit("undisturbed") == 0, runs.text("undisturbed")[-3000:]
+        yield runs
 
 
 def logger(kind: str, **settings) -> dict:
@@ -87,9 +88,10 @@ def test_killed_after_its_second_epoch_it_is_resumed_by_the_command_it_printed(r
     assert set(saved[0]) <= set(saved[1])  # Lightning keeps the one that a run was resumed from
     assert {p.name for p in run.glob("*.yaml")} >= {"config.yaml", "config_resumed_1.yaml"}
     assert len(list((run / "eval").iterdir())) == EPOCHS + 1
-    curves = scalars(runs.run("undisturbed"))
+    curves = read_run(runs.run("undisturbed"))
     curves = {tag: points for tag, points in curves.items() if tag != "epoch" and not tag.startswith("time/")}
-    for found in [scalars(run)] * (kind in ("tensorboard", "two")) + [csv_curves(run)] * (kind in ("csv", "two")):
+    readers = [read_run] * (kind in ("tensorboard", "two")) + [csv_curves] * (kind in ("csv", "two"))
+    for found in (read(run) for read in readers):
         assert {tag: points for tag, points in found.items() if tag in curves} == curves
     if kind == "wandb":
         assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 2
@@ -100,7 +102,7 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(runs):
     assert runs.again("early", resume_command(runs.text("early"))) == 0, runs.text("early")[-3000:]
     assert "Resuming from its beginning: the run has no checkpoint yet" in runs.text("early")
     assert [path.name for path in runs.run("early").parent.iterdir()] == ["version_0"]
-    assert scalars(runs.run("early"))["policy/loss"] == scalars(runs.run("undisturbed"))["policy/loss"]
+    assert read_run(runs.run("early"))["policy/loss"] == read_run(runs.run("undisturbed"))["policy/loss"]
 
 
 def test_a_checkpoint_by_its_path_starts_a_run_of_its_own(runs):
@@ -171,7 +173,7 @@ def test_a_stranger_s_checkpoint_runs_no_code(runs, tmp_path):
 
 def test_a_user_s_plugins_are_kept_and_what_is_switched_off_stays_off(runs):
     off = ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
-    plugin = ["--trainer.plugins", "tests.faults.OwnPrecision"]
+    plugin = ["--trainer.plugins", "tests.support.faults.OwnPrecision"]
     assert runs.fit("plain", *plugin, *off, "--trainer.max_epochs", "1") == 0, runs.text("plain")[-3000:]
     assert "the user's own plugin" in runs.text("plain")
     assert not list(runs.run("plain").glob("**/*.ckpt"))
@@ -196,4 +198,4 @@ def test_a_dry_run_leaves_nothing_and_a_default_logger_logs_into_the_run(runs, m
     monkeypatch.setitem(runs.config["trainer"], "logger", True)
     bar = ["--trainer.callbacks+=RichProgressBar", "--trainer.max_epochs", "1"]
     assert runs.fit("default", *bar) == 0, runs.text("default")[-3000:]
-    assert "policy/loss" in scalars(runs.run("default"))
+    assert "policy/loss" in read_run(runs.run("default"))

@@ -20,7 +20,9 @@ from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 
 def prompt(i, length=3, **kwargs):
     ids = tuple(range(10, 10 + length))
-    return Prompt(f"p{i}", ids, f"text {i}", f"text {i}", {"tests.hostile_rewards.number": 1.0}, {"scale": 1}, **kwargs)
+    return Prompt(
+        f"p{i}", ids, f"text {i}", f"text {i}", {"tests.support.hostile_rewards.number": 1.0}, {"scale": 1}, **kwargs
+    )
 
 
 class Script(Engine):
@@ -86,7 +88,7 @@ def test_groups_are_sampled_with_their_own_seeds_and_scored(pool):
 
 def test_accuracy_votes_and_curricula_go_by_the_first_reward(pool, tmp_path):
     """Of right and well-formed answers with weights 0.9 and 0.05, and of wrong ones that are only well-formed."""
-    rewards = {"tests.guessing.reward": 0.9, "tests.hostile_rewards.number": 0.05}
+    rewards = {"tests.support.guessing_game.reward": 0.9, "tests.support.hostile_rewards.number": 0.05}
     task = [Prompt(f"p{i}", (65,), "A", "A", rewards, {"secret": 2, "scale": 20}) for i in range(2)]
     known = {}
     journal = FileJournal(tmp_path / "journal" / "rank_0.jsonl", "sums", known)
@@ -155,10 +157,17 @@ def said(text, truncated=False):
     return Completion(ids, tuple(-float(i + 1) for i in range(len(ids))), truncated)
 
 
-def play(pool, answers, max_tokens=50, environment="tests.guessing.environment"):
+def play(pool, answers, max_tokens=50, environment="tests.support.guessing_game.environment"):
     """One completion of an episode in which the environment says "low" or "high" to guesses of 7."""
     game = Prompt(
-        "p0", (65,), "A", "A", {"tests.guessing.reward": 1.0}, {"secret": 7}, environment=environment, after_reply=": "
+        "p0",
+        (65,),
+        "A",
+        "A",
+        {"tests.support.guessing_game.reward": 1.0},
+        {"secret": 7},
+        environment=environment,
+        after_reply=": ",
     )
     engine = Script([said(a) if isinstance(a, str) else a for a in answers])
     (group,), _ = Sampler(engine, pool, Characters()).groups([game], Sampling(1, max_tokens, 1.0, 1.0, seed=0), epoch=0)
@@ -205,7 +214,7 @@ def test_thinking_that_the_prompt_has_opened_is_judged_as_thinking(pool):
 
 
 def test_a_later_turn_has_its_own_thinking(pool):
-    again = {"environment": "tests.hostile_rewards.once_more", "before_reply": "|"}
+    again = {"environment": "tests.support.hostile_rewards.once_more", "before_reply": "|"}
     turns = ["no idea</think>", r"first \boxed{7} but let me check"]
     assert thought(pool, "A<think>\n", turns, after_reply=":<think>\n", **again) == 0
     assert thought(pool, "A<think>\n", turns, after_reply=":", **again) == 1
@@ -227,9 +236,9 @@ def test_a_sampling_that_goes_on_judges_thinking_all_the_same(pool):
 
 
 def test_an_environment_that_fails_ends_the_episode_without_reward(pool):
-    _, rollout = play(pool, ["7"], environment="tests.hostile_rewards.fail")
+    _, rollout = play(pool, ["7"], environment="tests.support.hostile_rewards.fail")
     assert (rollout.text, rollout.reward, rollout.solved, rollout.failed) == ("7", 0.0, False, True)
-    _, rollout = play(pool, ["7"], environment="tests.guessing.says_a_number")
+    _, rollout = play(pool, ["7"], environment="tests.support.guessing_game.says_a_number")
     assert (rollout.text, rollout.reward, rollout.solved, rollout.failed) == ("7", 0.0, False, True)
 
 

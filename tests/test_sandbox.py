@@ -17,6 +17,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.rewards import RewardItem, RewardPool
 from aspo_lightning.rewards.code import reward, reward_without_isolation
 from aspo_lightning.rewards.sandbox import Failed, Limits, check_isolation, run_script
+from tests.support.processes import eventually
 
 CODE = "aspo_lightning.rewards.code.reward"
 STDIN = {"answer": {"input": "", "output": "pwned"}, "time_limit": 2}
@@ -190,9 +191,7 @@ def processes() -> set[str]:
 
 def left_over() -> set[str]:
     """What is there five seconds later: a killed sandbox needs a moment to go."""
-    deadline = time.monotonic() + 5
-    while processes() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    eventually(lambda: not processes(), 5)
     return processes()
 
 

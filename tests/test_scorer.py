@@ -11,7 +11,7 @@ from aspo_lightning.policy.fast_linears import use_fast_linears
 from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.scorer import _chunk_size, matmul, token_logprobs
 from aspo_lightning.types import MicroBatch
-from tests.conftest import save_model
+from tests.support.models import save_model
 
 
 def plain(hidden, weight, targets, temperature=1.0, bias=None, softcap=None):

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,14 +18,18 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from transformers import GenerationConfig
 
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers, transfer
 from aspo_lightning.engines.access import RequireToken
 from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
 from aspo_lightning.errors import ConfigError, RunError
-from tests.conftest import save_model, save_tokenizer
-from tests.test_cli import ASPO, ROOT, aspo, aspo_here, scalars
-from tests.test_fsdp import SHARDED, Runs, free_port, on_ranks
+from tests.support.commands import ASPO, ROOT, aspo, aspo_here
+from tests.support.models import save_model, save_tokenizer
+from tests.support.processes import Group, free_port
+from tests.support.ranks import Ranks
+from tests.support.recorded_runs import SHARDED, RecordedRuns
+from tests.support.servers import Server, ready
 
 TOKEN = "a-secret-of-these-tests"
 TRAINER = {"Authorization": f"Bearer {TOKEN}"}
@@ -37,34 +40,6 @@ def token():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_API_KEY", TOKEN)
         yield
-
-
-class Server:
-    def __init__(self, model: str, *arguments: str) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        settings = ["--max-model-len", "112", "--kv-cache-memory-bytes", "50000000", *arguments]
-        self.process = subprocess.Popen(
-            ["bash", str(ROOT / "scripts" / "serve.sh"), model, str(port), *settings],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )
-
-    def wait(self) -> None:
-        for _ in range(600):
-            assert self.process.poll() is None, "the server ended"
-            try:
-                if httpx.get(f"{self.url}/health", headers=TRAINER).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        pytest.fail("the server doesn't start")
-
-    def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
 
 
 @pytest.fixture(scope="module")
@@ -86,25 +61,17 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-@contextmanager
-def ready(servers):
-    """Servers that are starting, when they are; none is left at the end."""
-    try:
-        for server in servers:
-            server.wait()
-        yield servers
-    finally:
-        for server in servers:
-            if server.process.poll() is None:
-                server.signal(signal.SIGKILL)
-            server.process.wait()
-
-
 @pytest.fixture(scope="module")
 def servers(model):
     # The second as vLLM's default is.
-    with ready([Server(model), Server(model, "--generation-config", "auto")]) as started:
+    with ready(Server(model), Server(model, "--generation-config", "auto")) as started:
         yield started
+
+
+@pytest.fixture
+def third(model):
+    with ready(Server(model)) as (server,):
+        yield server
 
 
 def engine(*servers: Server) -> list[str]:
@@ -114,12 +81,19 @@ def engine(*servers: Server) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(model, tmp_path_factory):
-    return Runs(model, tmp_path_factory.mktemp("served"))
+    return RecordedRuns(model, tmp_path_factory.mktemp("served"))
 
 
-def test_servers_give_what_the_engine_in_the_process_gives(runs, servers):
-    on_ranks(1, runs.folder, [runs.command("here"), runs.command("served", *engine(*servers))])
-    on_ranks(2, runs.folder, [runs.command("sharded", *SHARDED, "2", *engine(*servers))])
+@pytest.fixture(scope="module")
+def ranks(runs):
+    with Ranks(2, runs.folder) as ranks:
+        yield ranks
+
+
+def test_servers_give_what_the_engine_in_the_process_gives(runs, ranks, servers):
+    ranks.run("here", runs.command("here"), first=1)
+    ranks.run("served", runs.command("served", *engine(*servers)), first=1)
+    ranks.run("sharded", runs.command("sharded", *SHARDED, "2", *engine(*servers)))
     (here,), (served,), sharded = (runs.records(name) for name in ("here", "served", "sharded"))
     assert len({completion for phase in here["phases"] for completion in phase["completions"]}) > 40
     for phases in (served["phases"], sharded[0]["phases"], sharded[1]["phases"]):
@@ -171,16 +145,14 @@ def test_a_server_fills_what_a_request_leaves_out_by_no_recommendation(model, se
 
 def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_trained_on(runs, servers):
     command = runs.command("broken", *engine(*servers), "--trainer.max_epochs", "10000", "--checkpoint.save_top_k", "1")
-    process = subprocess.Popen([ASPO, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     run = runs.folder / "run_broken" / "version_0"
-    while not list((run / "checkpoints").glob("epoch*.ckpt")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    servers[1].signal(signal.SIGSTOP)
-    time.sleep(3)  # by now the trainer waits for this server's completions, and has those of the other
-    servers[1].signal(signal.SIGKILL)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
+    with Group([ASPO, *command], runs.folder / "broken.log") as group:
+        group.until(lambda: list((run / "checkpoints").glob("epoch*.ckpt")), 400)
+        servers[1].signal(signal.SIGSTOP)
+        time.sleep(3)  # by now the trainer waits for this server's completions, and has those of the other
+        servers[1].signal(signal.SIGKILL)
+        assert group.wait(60) == 1
+    errors = group.text
     (line,) = [line for line in errors.splitlines() if "aspo: error: " in line]
     assert f"The vLLM server at {servers[1].url} doesn't answer" in line
     assert line.endswith("resume with the command that the run printed.")
@@ -188,16 +160,16 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     epochs = int(checkpoint.stem.removeprefix("epoch_")) + 1
     saved = torch.load(checkpoint, weights_only=False)
     assert saved["global_step"] == 2 * epochs
-    assert len(scalars(run)["policy/loss"]) == epochs  # every epoch trained is in the checkpoint
+    assert len(read_run(run)["policy/loss"]) == epochs  # every epoch trained is in the checkpoint
 
     go_on = ["--ckpt_path", "last", "--trainer.max_epochs", str(epochs + 1)]
     result = aspo(*runs.command("broken", *engine(servers[0]), *go_on))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(scalars(run)["policy/loss"]) == epochs + 1
+    assert len(read_run(run)["policy/loss"]) == epochs + 1
 
 
 @pytest.mark.parametrize("part", ["all of it", "its engine"])
-def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, part):
+def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, third, part):
     weights = load_file(f"{model}/model.safetensors")
     request = SamplingRequest((5, 6, 7), 8, seed=1)
     alone = VLLMServers([servers[0].url])
@@ -208,28 +180,26 @@ def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, 
         return list(alone.generate([request]))
 
     before = completion_after_sync()
-    lost = Server(model)
-    lost.wait()
 
     def until_one_is_lost():
         for i, named in enumerate(weights.items()):
             if i == 3 and part == "all of it":
-                lost.signal(signal.SIGKILL)
+                third.signal(signal.SIGKILL)
             elif i == 3:
-                pid = lost.process.pid
+                pid = third.process.pid
                 children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
                 (core,) = [child for child in children if "EngineCore" in Path(f"/proc/{child}/cmdline").read_text()]
                 os.kill(int(core), signal.SIGKILL)
             yield named
 
-    both = VLLMServers([servers[0].url, lost.url])
+    both = VLLMServers([servers[0].url, third.url])
     both.start(model, context_length=64)
     start = time.monotonic()
-    with pytest.raises(RunError, match=f"The vLLM server at {lost.url} doesn't answer"):
+    with pytest.raises(RunError, match=f"The vLLM server at {third.url} doesn't answer"):
         both.sync_weights(until_one_is_lost())
     assert time.monotonic() - start < 60  # and not after the time that servers wait for each other
-    lost.signal(signal.SIGKILL)
-    lost.process.wait()
+    third.signal(signal.SIGKILL)
+    third.process.wait()
     assert completion_after_sync() == before  # half an update has left nothing behind
 
 
@@ -251,34 +221,32 @@ def test_servers_that_cannot_serve_the_run_are_told_before_it_starts(runs, serve
     assert "Has it the same model?" in refused(*engine(servers[0]), "--model.model_name_or_path", str(tmp_path))
 
 
-def test_a_server_that_freezes_is_told_long_before_the_time_limit(model, servers):
+def test_a_server_that_freezes_is_told_long_before_the_time_limit(model, servers, third):
     """Over NCCL nothing else would tell, whatever happened to it."""
     weights = load_file(f"{model}/model.safetensors")
-    frozen = Server(model)
-    frozen.wait()
-    both = VLLMServers([servers[0].url, frozen.url])
+    both = VLLMServers([servers[0].url, third.url])
     both.start(model, context_length=64)
     both.sync_weights(weights.items())
-    frozen.signal(signal.SIGSTOP)
+    third.signal(signal.SIGSTOP)
     start = time.monotonic()
-    with pytest.raises(RunError, match=f"The vLLM server at {frozen.url} doesn't answer"):
+    with pytest.raises(RunError, match=f"The vLLM server at {third.url} doesn't answer"):
         list(both.generate([SamplingRequest((5, 6, 7), 8, seed) for seed in range(4)]))
     assert time.monotonic() - start < 100  # of 300
-    frozen.signal(signal.SIGCONT)
+    third.signal(signal.SIGCONT)
 
     def until_one_is_frozen():
         for i, named in enumerate(weights.items()):
             if i == 3:
-                frozen.signal(signal.SIGSTOP)
+                third.signal(signal.SIGSTOP)
             yield named
         yield "more", torch.zeros(50_000_000)  # than fits in the connection
 
     start = time.monotonic()
-    with pytest.raises(RunError, match=f"The vLLM server at {frozen.url} doesn't answer"):
+    with pytest.raises(RunError, match=f"The vLLM server at {third.url} doesn't answer"):
         both.sync_weights(until_one_is_frozen())
     assert time.monotonic() - start < 100  # of 300
-    frozen.signal(signal.SIGKILL)
-    frozen.process.wait()
+    third.signal(signal.SIGKILL)
+    third.process.wait()
     alone = VLLMServers([servers[0].url])
     alone.start(model, context_length=64)  # which had half an update
     alone.sync_weights(weights.items())
@@ -445,9 +413,9 @@ def test_a_server_answers_nothing_on_any_path_without_the_token(model, servers):
     assert 1 <= len(answer.json()["choices"][0]["token_ids"]) <= 2
 
 
-def test_the_token_is_on_no_command_line_and_in_no_file_of_a_run(runs, servers):
+def test_the_token_is_on_no_command_line_and_in_no_file_of_a_run(runs, ranks, servers):
     """After the runs that another test made."""
-    on_ranks(1, runs.folder, [runs.command("secret", *engine(servers[0]), "--trainer.max_epochs", "1")])
+    ranks.run("secret", runs.command("secret", *engine(servers[0]), "--trainer.max_epochs", "1"), first=1)
     files = [path for path in runs.folder.rglob("*") if path.is_file()]
     assert len(files) > 3
     for path in files:

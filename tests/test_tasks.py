@@ -66,16 +66,16 @@ def test_thinking_is_the_templates_to_switch(tokenizer, tmp_path):
 
 def test_replies_of_an_environment_are_framed_as_the_template_frames_them(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", {"question": "1+1", "answer": 2})
-    (chat,) = Dataset(path, environment="tests.guessing.environment").prompts(tokenizer)
+    (chat,) = Dataset(path, environment="tests.support.guessing_game.environment").prompts(tokenizer)
     assert (chat.before_reply, chat.after_reply) == ("<|user|>", "<|assistant|>")
-    (plain,) = Dataset(path, environment="tests.guessing.environment", chat=False).prompts(tokenizer)
+    (plain,) = Dataset(path, environment="tests.support.guessing_game.environment", chat=False).prompts(tokenizer)
     assert (plain.before_reply, plain.after_reply) == ("\n", "\n")
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    (chat,) = Dataset(path, environment="tests.guessing.environment").prompts(other)
+    (chat,) = Dataset(path, environment="tests.support.guessing_game.environment").prompts(other)
     assert (chat.before_reply, chat.after_reply) == ("\n[user]", "</s>\n[assistant]")  # </s> is sampled
 
 
@@ -150,7 +150,7 @@ def test_options_of_multiple_choice(tokenizer, tmp_path):
 def test_mixtures_go_through_their_tasks_by_weight(tokenizer, tmp_path):
     rows = [{"question": f"{i}+1", "answer": i + 1} for i in range(8)]
     one = Dataset(write(tmp_path / "a.jsonl", *rows[:4]))
-    two = Dataset(write(tmp_path / "b.jsonl", *rows[4:]), reward={"tests.parity_reward.reward": 0.5})
+    two = Dataset(write(tmp_path / "b.jsonl", *rows[4:]), reward={"tests.support.rewards.parity": 0.5})
     mixture = Mixture({"one": one, "two": two}, {"one": 2.5})
     prompts = mixture.prompts(tokenizer)
     ids = [p.id for p in prompts]
@@ -158,8 +158,8 @@ def test_mixtures_go_through_their_tasks_by_weight(tokenizer, tmp_path):
     counts = [sum(p.text == first.text and p.id.startswith("one") for p in prompts) for first in prompts[:4]]
     assert sorted(counts) == [2, 2, 3, 3]
     assert ids == [p.id for p in mixture.prompts(tokenizer)]
-    assert [p.rewards for p in prompts if p.id.startswith("two")] == [{"tests.parity_reward.reward": 0.5}] * 4
-    assert mixture.functions() == {"aspo_lightning.rewards.math.reward", "tests.parity_reward.reward"}
+    assert [p.rewards for p in prompts if p.id.startswith("two")] == [{"tests.support.rewards.parity": 0.5}] * 4
+    assert mixture.functions() == {"aspo_lightning.rewards.math.reward", "tests.support.rewards.parity"}
     with pytest.raises(ConfigError, match=r"names \['three'\]"):
         Mixture({"one": one}, {"three": 1})
     with pytest.raises(ConfigError, match=r"weights.one is -1"):

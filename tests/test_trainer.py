@@ -29,7 +29,7 @@ def sums(tmp_path_factory):
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
         rows = [json.dumps({"question": f"{i}+1", "answer": i + 1}) for i in range(first, first + size)]
         path.write_text("\n".join(rows))
-        return Dataset(str(path), reward="tests.parity_reward.reward")
+        return Dataset(str(path), reward="tests.support.rewards.parity")
 
     return task
 

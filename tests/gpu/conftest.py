@@ -1,21 +1,16 @@
-"""What tests of one GPU share. On a machine without one they skip, but for those that a CPU runs as well; with
+"""What tests of GPUs share. On a machine without one they skip, but for those that a CPU runs as well; with
 ASPO_GPU_TWIN=1 in the environment all of them run there, small, to test the tests.
 """
 
 import importlib.util
-import os
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from tests.conftest import save_model, save_tokenizer
+from tests.support.gpu import DEVICE, TWIN
+from tests.support.models import save_model, save_tokenizer
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TWIN = os.environ.get("ASPO_GPU_TWIN") == "1"
 NO_GPU = "torch sees no GPU; ASPO_GPU_TWIN=1 runs this small, on the CPU"
-# Above what a count gives: allocations are rounded up, and so is a kernel's scratch.
-ROOM = 32 * 2**20 if DEVICE.type == "cuda" else 2**18
 
 
 def pytest_collection_modifyitems(items):
@@ -63,27 +58,3 @@ def small_model(tmp_path_factory) -> str:
     save_model(folder, hidden_size=256, intermediate_size=512, initializer_range=0.1, **heads)
     save_tokenizer(folder)
     return str(folder)
-
-
-def on(gpu, cpu):
-    """One size for a GPU, another for a CPU."""
-    return gpu if DEVICE.type == "cuda" else cpu
-
-
-def peak(work) -> int:
-    """Bytes that ``work()`` takes beyond what there was, at its peak; the second time, when all is compiled."""
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest

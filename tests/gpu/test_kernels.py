@@ -14,7 +14,7 @@ from aspo_lightning.policy.attention import Packing, packed_attention
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.scorer import matmul, token_logprobs
 from aspo_lightning.types import MicroBatch
-from tests.gpu.conftest import DEVICE, ROOM, on, peak
+from tests.support.gpu import DEVICE, ROOM, on, peak
 
 FULL, HALF, HALF16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -11,11 +11,13 @@ pytest.importorskip("jsonargparse", reason="the package isn't installed with wha
 
 from transformers import Qwen2ForCausalLM
 
-from tests.conftest import save_tokenizer
-from tests.gpu import memory
-from tests.gpu.conftest import TWIN, on
-from tests.test_cli import aspo, scalars, tiny_config, write
-from tests.test_plan import R1_DISTILL
+from aspo_lightning.cli.report import read_run
+from tests.support import peak_recorder
+from tests.support.commands import aspo
+from tests.support.configs import tiny_config, write_config
+from tests.support.gpu import TWIN, on
+from tests.support.models import save_tokenizer
+from tests.support.published_models import R1_DISTILL
 
 STRATEGY = "--trainer.strategy"
 SHARDED = [STRATEGY, "FSDP2Strategy"]
@@ -61,13 +63,13 @@ def called(*args, timeout=300):
 @pytest.mark.parametrize("way", marked(WAYS))
 def test_a_run_trains_and_is_resumed_and_evaluated_in_shards(gpu, note, small_model, tmp_path, way):
     engine, flags, allowed = WAYS[way]
-    settings = ["--config", write(tmp_path, config(small_model, tmp_path, gpu, engine)), *flags]
+    settings = ["--config", write_config(tmp_path / "config.yaml", config(small_model, tmp_path, gpu, engine)), *flags]
     called("fit", *settings)
     run = tmp_path / "tiny" / "version_0"
-    before = scalars(run)
+    before = read_run(run)
     called("fit", *settings, "--ckpt_path", "last", "--trainer.max_epochs", "3")
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
-    after = scalars(run)
+    after = read_run(run)
     assert [step for step, _ in after["policy/loss"]] == [1, 3, 5]
     assert after["policy/loss"][:2] == before["policy/loss"]
     assert all(0 < norm < math.inf for _, norm in after["policy/grad_norm"])
@@ -88,8 +90,8 @@ def test_the_probe_lets_fifty_phases_pass_in_which_nothing_changes(gpu, small_mo
     made = config(small_model, tmp_path, gpu, engine, prompts_per_phase=2, group_size=2, optimizer_steps=1)
     made["model"]["optimizer"]["init_args"]["lr"] = 0.0
     made["trainer"].update(max_epochs=50, precision="bf16-mixed", limit_val_batches=0)
-    called("fit", "--config", write(tmp_path, made))
-    assert len(scalars(tmp_path / "tiny" / "version_0")["policy/loss"]) == 50
+    called("fit", "--config", write_config(tmp_path / "config.yaml", made))
+    assert len(read_run(tmp_path / "tiny" / "version_0")["policy/loss"]) == 50
 
 
 def planned(*settings) -> tuple[float, bool]:
@@ -113,13 +115,13 @@ def test_an_update_of_a_model_of_1_5_billion_takes_what_the_plan_says(gpu, note,
     made = config(model, tmp_path, gpu, "transformers", **data)
     made["model"]["gradient_checkpointing"] = True
     made["trainer"].update(precision="bf16-mixed", limit_val_batches=0, enable_checkpointing=False)
-    made["trainer"]["callbacks"] = [memory.callback(tmp_path / "peak")]
-    settings = ["--config", write(tmp_path, made)]
+    made["trainer"]["callbacks"] = [peak_recorder.callback(tmp_path / "peak")]
+    settings = ["--config", write_config(tmp_path / "config.yaml", made)]
     there = torch.cuda.get_device_properties(gpu).total_memory / 1e9 if gpu.type == "cuda" else 1000
     plan, fits = planned(*settings, "--gpu-memory", str(there))
     if not fits:
         pytest.skip(f"by its plan it takes {plan:.0f} GB, and this GPU has {there:.0f}")
     called("fit", *settings, timeout=400)
-    (took,) = memory.peaks(tmp_path / "peak")
+    (took,) = peak_recorder.peaks(tmp_path / "peak")
     note(f"an update of {data['token_budget']} tokens takes {took:.2f} GB, planned {plan:.2f}")
     assert 0.7 * plan < took < 1.05 * plan or (TWIN and 0.3 * plan < took < 2 * plan)

@@ -3,12 +3,9 @@
 What starts without hanging comes first.
 """
 
-import os
 import shutil
 import signal
-import subprocess
 import time
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -19,16 +16,19 @@ pytest.importorskip("jsonargparse", reason="the package isn't installed with wha
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, VLLMServers
 from aspo_lightning.errors import ConfigError
-from tests.conftest import save_tokenizer
-from tests.gpu import memory
-from tests.gpu.conftest import DEVICE, TWIN, on
 from tests.gpu.test_runs import config, planned
-from tests.test_cli import ASPO, ROOT, scalars, write
-from tests.test_fsdp import SHARDED, Runs, distance, relative
-from tests.test_plan import MODELS
-from tests.test_servers import Server, ready
+from tests.support import peak_recorder
+from tests.support.commands import ASPO
+from tests.support.configs import write_config
+from tests.support.gpu import DEVICE, TWIN, on
+from tests.support.models import save_tokenizer
+from tests.support.processes import Group, eventually
+from tests.support.published_models import MODELS
+from tests.support.recorded_runs import SHARDED, RecordedRuns, distance, relative
+from tests.support.servers import Server, ready
 
 RANKS = min(8, torch.cuda.device_count()) or 2 * TWIN
 HALF = RANKS // 2
@@ -40,46 +40,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@contextmanager
-def started(command, log, **environment):
-    """A process of its own group, of which nothing is left at the end. Its errors go to a file."""
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [ASPO, *command],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-            env={**os.environ, **environment},
-        )
-    try:
-        yield process
-    finally:
-        if is_there(process):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def is_there(process) -> bool:
-    """Whether any process of its group is."""
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def finished(command, log, seconds=400, **environment) -> None:
-    with started(command, log, **environment) as process:
-        code = process.wait(seconds)
-    assert code == 0, log.read_text()[-5000:]
+    with Group([ASPO, *command], log, **environment) as run:
+        code = run.wait(seconds)
+    assert code == 0, run.text[-5000:]
 
 
 @pytest.fixture(scope="module")
 def runs(small_model, tmp_path_factory):
     """Those of a tiny model, recorded by rank."""
-    runs = Runs(small_model, tmp_path_factory.mktemp("ranks"))
+    runs = RecordedRuns(small_model, tmp_path_factory.mktemp("ranks"))
     runs.config["trainer"]["accelerator"] = on("gpu", "cpu")
     return runs
 
@@ -137,20 +107,12 @@ def test_half_of_the_ranks_resume_what_all_began(runs, all_ranks, tmp_path):
 def test_when_one_rank_fails_nothing_runs_a_minute_later(runs, tmp_path, fault, rank):
     command = runs.command(f"{fault}_{rank}", *SHARDED, str(RANKS), *ENGINE, fault=fault, fault_rank=rank)
     marks = runs.folder / f"run_{fault}_{rank}" / "version_0" / "checkpoints"
-    log = tmp_path / "log"
-    with started(command, log) as process:
-        deadline = time.monotonic() + 400
-        while not list(marks.glob("epoch_00000.ckpt")):  # the fault comes in the next epoch
-            assert process.poll() is None, log.read_text()[-5000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        struck = time.monotonic()
-        while is_there(process):
-            assert time.monotonic() - struck < 60, "a process is left over"
-            time.sleep(0.1)
-        assert process.returncode != 0
+    with Group([ASPO, *command], tmp_path / "log") as run:
+        run.until(lambda: list(marks.glob("epoch_00000.ckpt")), 400)  # the fault comes in the next epoch
+        assert eventually(lambda: not run.is_there(), 60), "a process is left over"
+        assert run.wait(0) != 0
         if fault == "raise":
-            assert f"rank {rank} was told to fail" in log.read_text()
+            assert f"rank {rank} was told to fail" in run.text
 
 
 def gpus(first: int, number: int) -> dict[str, str]:
@@ -161,13 +123,7 @@ def gpus(first: int, number: int) -> dict[str, str]:
 def servers(small_model, monkeypatch):
     """One on each GPU of the second half."""
     monkeypatch.setenv("VLLM_API_KEY", "a-secret-of-these-tests")
-    found = []
-    for i in range(HALF):
-        for name, value in gpus(HALF + i, 1).items():
-            monkeypatch.setenv(name, value)
-        found.append(Server(small_model))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with ready(found) as started:
+    with ready(*(Server(small_model, **gpus(HALF + i, 1)) for i in range(HALF))) as started:
         yield started
 
 
@@ -226,14 +182,14 @@ def test_a_phase_of_64_x_16_of_a_model_of_8_billion_takes_what_the_plan_says(sma
         devices=RANKS,
         precision="bf16-mixed",
         strategy={"class_path": "FSDP2Strategy", "init_args": {"reduce_each_micro_batch": True}},
-        callbacks=[memory.callback(tmp_path / "peak")],
+        callbacks=[peak_recorder.callback(tmp_path / "peak")],
         limit_val_batches=0,
     )
     made["checkpoint"] = {"every_n_epochs": 2}
-    settings = ["--config", write(tmp_path, made)]
+    settings = ["--config", write_config(tmp_path / "config.yaml", made)]
     finished(["fit", *settings], tmp_path / "log", 1800)
     run = tmp_path / "tiny" / "version_0"
-    logged = scalars(run)
+    logged = read_run(run)
     for part in ("generate", "score", "update", "sync"):
         note(f"8B, {prompts} x {group} x {completion} tokens, {part}: {logged[f'time/{part}_s'][-1][1]:.1f} s")
     assert max(value for _, value in logged["mismatch/logprob_abs_mean"]) < 0.1  # after updates too
@@ -242,6 +198,6 @@ def test_a_phase_of_64_x_16_of_a_model_of_8_billion_takes_what_the_plan_says(sma
     if DEVICE.type == "cuda":
         assert size == pytest.approx(12 * 8.191, rel=0.02)  # weights and AdamW's two, in float32
     plan, _ = planned(*settings)
-    took = max(memory.peaks(tmp_path / "peak"))
+    took = max(peak_recorder.peaks(tmp_path / "peak"))
     note(f"8B: an update takes {took:.1f} GB of each GPU, planned {plan:.1f}; a checkpoint {size:.0f} GB")
     assert 0.7 * plan < took < 1.05 * plan or (TWIN and 0.2 * plan < took < 3 * plan)

@@ -17,7 +17,7 @@ from aspo_lightning.types import MicroBatch
 PROBE = [tuple(range(40, 40 + n)) for n in (3, 8, 5)]
 
 
-class Recorder(Callback):
+class RankRecorder(Callback):
     """Writes FOLDER/rank_R.pt: completions, gradients and the engine's log-probs less the trainer's, and the
     final weights and log-probs.
 

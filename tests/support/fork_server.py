@@ -1,11 +1,13 @@
-"""Starts `aspo` commands as forks of a process that has done the slow imports: one start for a line on its input.
+"""One rank of `Ranks` (ranks.py): calls modules in forks of a process that has done the slow imports.
 
-A line is JSON, {"command": [...], "environment": {...}, "log": file for all output}. It answers with two lines, the
-child's process id and, when it has ended, its exit code (minus the signal that ended it).
+A line of its input is a call, as JSON: {"module": "aspo_lightning.cli.main", "arguments": [...], "environment": {...},
+"log": file for all output}, of the module's ``main()``. It answers with two lines: the child's process id and, when it
+has ended, its exit code (minus the signal that ended it).
 """
 
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import sys
@@ -20,21 +22,22 @@ import vllm.model_executor.models.llama
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
 
-from aspo_lightning.cli.main import main
+import aspo_lightning.cli.main  # noqa: F401
+from tests.support.ranks import LIMIT_S
 
 gc.freeze()  # an engine collects garbage several times, and would look through all that was imported
 
 
-def run(command: list[str], environment: dict[str, str], log: str) -> None:
+def call(module: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    faulthandler.dump_traceback_later(500, exit=True)  # of what hangs
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)  # of what hangs
     os.environ.update(environment)
-    sys.argv = ["aspo", *command]
+    sys.argv = ["aspo", *arguments]
     code: object = 0
     try:
-        main()
+        importlib.import_module(module).main()
     except SystemExit as end:
         code = end.code
     except BaseException as error:
@@ -52,4 +55,4 @@ if __name__ == "__main__":
             print(child, flush=True)
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         else:
-            run(**json.loads(line))
+            call(**json.loads(line))

@@ -1,4 +1,4 @@
-"""Loads a model sharded, as one of two ranks; prints how many MB that took at its peak. Started by test_fsdp.py."""
+"""Loads a model sharded, as one of two `Ranks`; writes how many MB that took at its peak, and the weights."""
 
 import re
 import sys
@@ -16,13 +16,14 @@ def megabytes(field: str) -> float:
     return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1e3
 
 
-if __name__ == "__main__":
+def main() -> None:
+    model, out = sys.argv[1:]
     strategy = Trainer(accelerator="cpu", devices=2, strategy=FSDP2Strategy(), logger=False).strategy
-    module = ASPOModule(sys.argv[1])
+    module = ASPOModule(model)
     strategy.connect(module)
     strategy.setup_environment()
     before = megabytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    model = strategy.load(module.model_name_or_path, module.settings)
-    print(megabytes("VmHWM") - before)
-    torch.save(dict(full_weights(model.lm)), f"{sys.argv[2]}/rank_{strategy.global_rank}.pt")
+    sharded = strategy.load(module.model_name_or_path, module.settings)
+    (Path(out) / f"peak_{strategy.global_rank}").write_text(str(megabytes("VmHWM") - before))
+    torch.save(dict(full_weights(sharded.lm)), f"{out}/rank_{strategy.global_rank}.pt")

@@ -12,7 +12,7 @@ from datasets.naming import camelcase_to_snakecase
 from pyarrow import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tests.conftest import save_tokenizer
+from tests.support.models import save_tokenizer
 
 REVISION = "0" * 40
 TINY = {

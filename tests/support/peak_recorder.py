@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from aspo_lightning.run.memory import peak_memory
 
 
-class Peak(Callback):
+class PeakRecorder(Callback):
     """Writes bytes to FOLDER/rank_R: of the GPU in the last epoch's updates, or of the process so far on a CPU."""
 
     def __init__(self, folder: str) -> None:
@@ -29,7 +29,7 @@ class Peak(Callback):
 
 
 def callback(folder: Path) -> dict:
-    return {"class_path": "tests.gpu.memory.Peak", "init_args": {"folder": str(folder)}}
+    return {"class_path": "tests.support.peak_recorder.PeakRecorder", "init_args": {"folder": str(folder)}}
 
 
 def peaks(folder: Path) -> list[float]:

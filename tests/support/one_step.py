@@ -1,11 +1,9 @@
-"""One optimizer step by Lightning for many ways to split it; writes the gradients. Run by test_gradients.py.
-
-python -m torch.distributed.run --nproc_per_node 2 tests/one_step.py MODEL OUT
-"""
+"""One optimizer step by Lightning for many ways to split it; writes the gradients, as one of `Ranks`."""
 
 import math
 import os
 import sys
+from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -101,9 +99,10 @@ class Gradients(Callback):
         self.gradients = torch.cat([full_tensor(p.grad).flatten() for p in pl_module.parameters()]).clone()
 
 
-def gradient(model: str, k: int, *, packs: bool = True, averaging: str = "token_mean", strategy=None, **settings):
-    """Of one optimizer step of k micro-batches, in this many processes."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+def gradient(
+    model: str, ranks: int, k: int, *, packs: bool = True, averaging: str = "token_mean", strategy=None, **settings
+):
+    """Of one optimizer step of k micro-batches."""
     module = ASPOModule(
         model,
         objective=ASPO(),
@@ -113,12 +112,12 @@ def gradient(model: str, k: int, *, packs: bool = True, averaging: str = "token_
         optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
         **settings,
     )
-    data = OneStep(averaging=averaging, token_budget=budgets(make_groups())[world_size, k])
+    data = OneStep(averaging=averaging, token_budget=budgets(make_groups())[ranks, k])
     capture = Gradients(packs)
     Trainer(
         accelerator="cpu",
-        devices=world_size,
-        strategy=strategy or ("ddp" if world_size > 1 else "auto"),
+        devices=ranks,
+        strategy=strategy or ("ddp" if ranks > 1 else "auto"),
         max_epochs=1,
         logger=False,
         callbacks=[capture],
@@ -131,23 +130,21 @@ def gradient(model: str, k: int, *, packs: bool = True, averaging: str = "token_
     return capture.gradients
 
 
-def main(model: str, out: str) -> None:
+def main() -> None:
+    model, out, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    step = partial(gradient, model, ranks)
     results = {
-        (dtype, averaging, k, packs): gradient(model, k, packs=packs, averaging=averaging, dtype=dtype)
+        (dtype, averaging, k, packs): step(k, packs=packs, averaging=averaging, dtype=dtype)
         for dtype in ("float64", "float32")
         for averaging in AVERAGING
         for k in (1, 2, 4, 8)
         for packs in (True, False)
     }
     for k in (1, 4):
-        results["recomputed", k] = gradient(model, k, dtype="float64", gradient_checkpointing=True)
+        results["recomputed", k] = step(k, dtype="float64", gradient_checkpointing=True)
         for name, strategy in SHARDED.items():
-            results[name, k] = gradient(model, k, dtype="float64", strategy=FSDP2Strategy(**strategy))
+            results[name, k] = step(k, dtype="float64", strategy=FSDP2Strategy(**strategy))
         name = "sharded, recomputed"
-        results[name, k] = gradient(model, k, dtype="float64", strategy=FSDP2Strategy(), gradient_checkpointing=True)
-    if int(os.environ.get("RANK", 0)) == 0:
+        results[name, k] = step(k, dtype="float64", strategy=FSDP2Strategy(), gradient_checkpointing=True)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         torch.save(results, out)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])

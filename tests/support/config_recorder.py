@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
 
-class Arrived(Callback):
+class ConfigRecorder(Callback):
     """Writes FOLDER/rank_R.json."""
 
     def __init__(self, folder: str) -> None:
