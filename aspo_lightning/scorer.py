@@ -3,10 +3,14 @@
 Axes: N response tokens, H hidden size, V vocabulary, B vocabulary entries of a chunk.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Body = TypeVar("Body", bound=Callable[..., object])
 
 CHUNK_SIZE = 4096
 """Vocabulary entries, unless given: on a GPU few and large kernels. See also ``_chunk_size``."""
@@ -58,7 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype, n = _logit_dtype(hidden), len(hidden)
         zeros = hidden.new_zeros(n, dtype=dtype)
         sums = Sums(zeros, hidden.new_full((n,), torch.finfo(dtype).min, dtype=dtype), zeros, zeros)
-        add = _add_compiled if hidden.is_cuda else _add
+        add = _compiled(_add) if hidden.is_cuda else _add
         for v in _chunks(len(weight), chunk_size):
             logits, _ = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)  # [N, B]
             sums = add(sums, logits, targets - v.start)
@@ -80,7 +84,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.empty_like(bias) if need_bias else None
         if not entropy_grad:
             grad_entropy = None
-        gradient = _gradient_compiled if hidden.is_cuda else _gradient
+        gradient = _compiled(_gradient) if hidden.is_cuda else _gradient
         hidden_t = hidden.T.contiguous() if need_weight else hidden.T  # once, not for each chunk's product
         for v in _chunks(len(weight), chunk_size):
             logits, slope = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)
@@ -164,10 +168,10 @@ def _place(column: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return column.clamp(0, size - 1)[:, None], (column >= 0) & (column < size)
 
 
-# Each pass over a chunk's logits becomes one kernel. On a CPU compiling takes longer than it saves.
-_add_compiled = torch.compile(_add, dynamic=True)
-
-_gradient_compiled = torch.compile(_gradient, dynamic=True)
+@cache
+def _compiled(body: Body) -> Body:
+    """Each pass over a chunk's logits becomes one kernel. On a CPU compiling takes longer than it saves."""
+    return torch.compile(body, dynamic=True)
 
 
 def _chunk_size(n: int, device: torch.device) -> int:
