@@ -5,12 +5,13 @@ Axes: N response tokens, H hidden size, V vocabulary, B vocabulary entries of a 
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-Body = TypeVar("Body", bound=Callable[..., object])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CHUNK_SIZE = 4096
 """Vocabulary entries, unless given: on a GPU few and large kernels. See also ``_chunk_size``."""
@@ -169,7 +170,7 @@ def _place(column: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled(body: Body) -> Body:
+def _compiled(body: Callable[P, R]) -> Callable[P, R]:
     """Each pass over a chunk's logits becomes one kernel. On a CPU compiling takes longer than it saves."""
     return torch.compile(body, dynamic=True)
 
