@@ -202,13 +202,12 @@ class ASPOModule(LightningModule):
                     self._log(f"policy/{name}", mean)
 
     def _log(self, tag: str, value: Tensor | float, *, reduce_fx: str = "mean", sync_dist: bool = True) -> None:
-        """Logs a measurement of the epoch; ``PhaseReport`` writes it when the epoch ends."""
+        """Logs a measurement of the epoch."""
         self.log(
             tag,
             value,
             on_step=False,
             on_epoch=True,
-            logger=False,
             batch_size=1,
             reduce_fx=reduce_fx,
             sync_dist=sync_dist,

@@ -25,6 +25,9 @@ def test_lightning_still_has_what_we_reach_for():
     assert isinstance(trainer.fit_loop.epoch_progress.current.processed, int)
     loop = trainer.fit_loop.epoch_loop
     assert loop.min_steps is None
+    assert loop._batches_that_stepped == 0
+    assert callable(loop._results.clear)
+    assert callable(trainer._logger_connector.update_train_epoch_metrics)
     assert loop.max_steps == -1
     assert callable(loop.val_loop.run)
     assert callable(trainer._signal_connector.register_signal_handlers)

@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.run.folder import run_folder
-from aspo_lightning.run.lightning import datamodule_of, phase_of
-from aspo_lightning.run.tags import TAGS
+from aspo_lightning.run.lightning import datamodule_of, log_epoch, phase_of
 
 
 class PhaseReport(Callback):
@@ -27,7 +26,7 @@ class PhaseReport(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before = dict(trainer.callback_metrics)
         metrics = phase_of(trainer).metrics
-        pl_module.log_dict(metrics, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=True)
+        pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         self._start = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,15 +37,10 @@ class PhaseReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update_s = time.perf_counter() - self._start
-        pl_module.log("time/update_s", update_s, logger=False, batch_size=1, sync_dist=True)
+        pl_module.log("time/update_s", update_s, batch_size=1, sync_dist=True)
         metrics = measured_since(self._before, trainer)
         _print(epoch_line(trainer.current_epoch, metrics))
-        # What is logged with ``logger=False``. Lightning would write it after the epoch's checkpoint: a run killed in
-        # between would be resumed with a gap in its curves.
-        own = {tag: value for tag, value in metrics.items() if tag in TAGS or tag in phase_of(trainer).metrics}
-        for logger in trainer.loggers:
-            logger.log_metrics({**own, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
-            logger.save()  # some write to disk now and then only
+        log_epoch(trainer)
 
 
 def measured_since(before: Mapping[str, Tensor], trainer: Trainer) -> dict[str, float]:

@@ -76,6 +76,20 @@ def no_stop_before(trainer: Trainer, step: int) -> None:
         loop.max_steps = step
 
 
+def log_epoch(trainer: Trainer) -> None:
+    """Writes what was measured in the epoch that ends, whoever logged it.
+
+    Lightning does so after the epoch's checkpoint: a run killed in between would be resumed with a gap in its curves.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped -= 1  # the step of the last batch, as Lightning has it
+    trainer._logger_connector.update_train_epoch_metrics()
+    loop._batches_that_stepped += 1
+    loop._results.clear()  # or it would be written again
+    for logger in trainer.loggers:
+        logger.save()  # some write to disk now and then only
+
+
 def validate_now(trainer: Trainer) -> None:
     """Runs an evaluation in the middle of a fit."""
     trainer.validating = True
