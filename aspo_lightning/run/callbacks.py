@@ -46,7 +46,7 @@ class PhaseReport(Callback):
         own = {tag: value for tag, value in metrics.items() if tag in TAGS or tag in phase_of(trainer).metrics}
         for logger in trainer.loggers:
             logger.log_metrics({**own, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
-            logger.save()  # some write to disk now and then only
+            logger.save()  # some write to disk only now and then
 
 
 def measured_since(before: Mapping[str, Tensor], trainer: Trainer) -> dict[str, float]:
@@ -142,7 +142,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluated = trainer.global_step > 0  # saved when the epoch has ended; other epochs have no new score
+        self._evaluated = trainer.global_step > 0  # saved once the epoch has ended; other epochs have no new score
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._evaluated:
