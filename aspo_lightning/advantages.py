@@ -16,7 +16,7 @@ def has_spread(rewards: Sequence[float]) -> bool:
     """Whether the task rewards of a group differ, judged by max - min.
 
     A group without spread says nothing about which completion is better. Its standard deviation may still be a tiny
-    number > 0 by rounding, which would turn into advantages of size 1; so the deviation is not what is asked.
+    number > 0 by rounding, which would turn into advantages of size 1; so the deviation is not what is tested.
     """
     return max(rewards) - min(rewards) > SPREAD_TOLERANCE
 

@@ -25,11 +25,11 @@ class Curriculum(ABC):
         """``count`` different prompts for an epoch; fewer where there are no more."""
 
     def draw_more(self, prompts: Sequence[Prompt], count: int, *, epoch: int, seed: int, attempt: int) -> list[Prompt]:
-        """Further ones for the same epoch, to refill it, out of ``prompts`` that were not drawn so far."""
+        """Further ones for the same epoch, to refill it, out of ``prompts`` that have not been drawn so far."""
         return random.Random(f"{seed}/{epoch}/{attempt}").sample(list(prompts), min(count, len(prompts)))
 
     def update(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Takes note of a sampled phase. Returns what to log of it, by TensorBoard tag."""
+        """Takes note of a sampled phase. Returns what to log about it, by TensorBoard tag."""
         return {}
 
     def state_dict(self) -> State:
@@ -40,12 +40,12 @@ class Curriculum(ABC):
 
 
 def saved(curriculum: Curriculum) -> State:
-    """A curriculum's state, with whose it is."""
+    """A curriculum's state, with the class it is of."""
     return {"class": type(curriculum).__name__, "state": curriculum.state_dict()}
 
 
 def resume(curriculum: Curriculum, state: State) -> None:
-    """Has a curriculum resume from what ``saved`` gave. It starts afresh from the state of another kind."""
+    """Has a curriculum resume from what ``saved`` gave. It starts afresh if the state is of another kind."""
     name = type(curriculum).__name__
     if state.get("class") == name:
         curriculum.load_state_dict(state["state"])
@@ -65,7 +65,7 @@ class Shuffled(Curriculum):
 def passes(size: int, count: int, seed: int) -> Iterator[list[int]]:
     """The order of 0 to size - 1 in each pass, to be drawn ``count`` at a time.
 
-    A draw that begins in one pass and ends in the next has nothing twice.
+    A draw that begins in one pass and ends in the next has no prompt twice.
     """
     begun: set[int] = set()  # what a pass leaves to a draw that ends in the next
     for number in itertools.count():
@@ -124,7 +124,7 @@ class PassRate(Curriculum):
 
 
 class RisingLevels(Curriculum):
-    """Starts with the prompts of the lowest level, and goes to the next one as soon as a phase is solved well enough.
+    """Starts with the prompts of the lowest level, and moves to the next one as soon as a phase is solved well enough.
 
     Each level must have enough prompts for a phase.
 

@@ -114,7 +114,7 @@ class RolloutDataModule(LightningDataModule):
             self._start_engine(self.trainer)
 
     def _prepare(self) -> None:
-        """Makes all that the model's config and the prompts decide."""
+        """Makes everything that the model's config and the prompts determine."""
         config = load_config(self.model_name_or_path)
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and self.context_length > context:
@@ -145,7 +145,7 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def _start_engine(self, trainer: Trainer) -> None:
-        """While the GPU still is empty: an engine takes its share of the whole, and then sleeps until weights come."""
+        """While the GPU is still empty: an engine takes its share of the whole, and then sleeps until weights come."""
         if trainer.world_size > 1:
             # vLLM looks for them; Lightning leaves out the first with its own launcher, under SLURM both.
             os.environ.update(RANK=str(trainer.global_rank), LOCAL_RANK=str(trainer.local_rank))
@@ -299,7 +299,7 @@ def check_agreement(policy: Policy, model_name_or_path: str, temperature: float)
 
 
 def check_trainer(trainer: Trainer, phase: Phase | None) -> None:
-    """Raises ConfigError for a Trainer that would train on something else than whole phases, one each epoch."""
+    """Raises ConfigError for a Trainer that would train on anything but whole phases, one each epoch."""
     settings = vars(trainer)  # not all of them are declared
     if settings["reload_dataloaders_every_n_epochs"] != 1:
         raise ConfigError(

@@ -1,15 +1,15 @@
 """The errors that are for the person at the keyboard: shown as one line, without a traceback."""
 
 RESUME = "Resume from the last checkpoint with the command that the run printed"
-"""What ends many of them."""
+"""The end of many messages."""
 
 
 class AspoError(Exception):
-    """What all of them are."""
+    """The base of all of them."""
 
 
 class ConfigError(AspoError, ValueError):
-    """A setting, file or piece of data can't be used. The message says the value, what is allowed and what to do."""
+    """A setting, file or piece of data can't be used. The message names the value, what is allowed and what to do."""
 
 
 class RunError(AspoError):

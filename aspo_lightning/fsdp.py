@@ -57,8 +57,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Args:
         reduce_each_micro_batch: reduces gradients and frees gathered weights after every micro-batch. Otherwise that
-            happens once an optimizer step, and once for all of a phase's scoring; it takes less communication and holds
-            the whole gradient in float32 on every rank until then.
+            happens once per optimizer step, and once for all of a phase's scoring; it takes less communication and
+            holds the whole gradient in float32 on every rank until then.
         cpu_offload: weights, gradients and optimizer state stay in the host's memory; layers visit the GPU.
         timeout_minutes: how long ranks wait for one another, e.g. for the longest completion of a phase.
     """
@@ -162,7 +162,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return load(path / METADATA)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Says which other rank ended first: what is raised here then is only that a connection was lost."""
+        """Reports which other rank ended first: what is raised here then only says that a connection was lost."""
         for rank, process in enumerate(started_ranks(self), start=1):
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=1)
@@ -171,7 +171,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().on_exception(exception)
 
     def save_checkpoint(self, checkpoint: State, filepath: str | Path, storage_options: object = None) -> None:
-        """A folder in torch's distributed format, that gets its name when all ranks have written to it."""
+        """A folder in torch's distributed format, which gets its name when all ranks have written to it."""
         path = Path(self.broadcast(filepath))
         temporary = path.with_name(f".{path.name}.tmp")
         if self.is_global_zero:
@@ -234,7 +234,7 @@ def load_sharded(
         source.state_dict() if source else {},
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
     )
-    # Those in no state dict: a rotary embedding's frequencies and the like. FSDP leaves buffers unsharded.
+    # Buffers that are in no state dict: a rotary embedding's frequencies and the like. FSDP leaves buffers unsharded.
     persistent = set(model.state_dict())
     buffers = dict(source.named_buffers()) if source else {}
     shared = [(source.packs if source else True, {n: b.cpu() for n, b in buffers.items() if n not in persistent})]
@@ -248,7 +248,7 @@ def load_sharded(
 
 
 def source_dtype(model_name_or_path: str, settings: ModelSettings) -> torch.dtype:
-    """What to read a model in that becomes shards of another dtype: its own, if that takes less memory."""
+    """The dtype to read a model in that becomes shards of another: its own, if that takes less memory."""
     own, wanted = load_config(model_name_or_path).dtype, settings.torch_dtype
     if not isinstance(own, torch.dtype) or own.itemsize >= wanted.itemsize:
         return wanted

@@ -1,6 +1,6 @@
 """What a run, and an evaluation, computes: the settings that its numbers depend on, and digests of what they name.
 
-A setting that changes no number says so where it stands, by its type: ``token_budget: Annotated[int, INCIDENTAL]``.
+A setting that changes no number says so where it is defined, by its type: ``token_budget: Annotated[int, INCIDENTAL]``.
 All others count. Two configs are the same run if they agree in what counts; so are two evaluations.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from aspo_lightning.types import Prompt
 
 INCIDENTAL = "incidental"
-"""Marks a setting of speed, memory, or of what is measured beside the computation."""
+"""Marks a setting of speed, memory, or of what is measured alongside the computation."""
 
 TRAINER = (
     "precision",
@@ -26,11 +26,11 @@ TRAINER = (
     "limit_val_batches",
     "overfit_batches",
 )
-"""What counts of Lightning's own class, whose settings can't be marked."""
+"""The settings of Lightning's own class that count; they can't be marked."""
 
 
 def incidental(owner: type) -> set[str]:
-    """Names of the settings of a class that are marked so."""
+    """Names of the settings of a class that are marked that way."""
     hints: dict[str, object] = {}
     for base in reversed(owner.__mro__):
         annotated = vars(base).get("__init__")
@@ -97,7 +97,7 @@ def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in named_tensors:
         bits = tensor.flatten().view(torch.int16)
-        # A sum alone wouldn't see two weights exchanged. In parts: whole tensors as integers would take much memory.
+        # A sum alone wouldn't notice two weights exchanged. In parts: whole tensors as integers would take much memory.
         sums = [
             (int(part.sum(dtype=torch.int64)), int((part.long() * torch.arange(len(part), device=part.device)).sum()))
             for part in bits.split(1 << 20)

@@ -48,7 +48,7 @@ class ASPOModule(LightningModule):
         objective: turns ratios and advantages into token weights, by class name: ASPO, GRPO, DAPO, ...
         temperature: divides the logits everywhere; the one that the rollouts are sampled with.
         kl_coef: weight of the KL term to the reference. 0 loads no reference.
-        kl_estimator: k1, k2 or k3; see ``objectives.kl_to_reference`` for what each one's gradient is.
+        kl_estimator: k1, k2 or k3; see ``objectives.kl_to_reference`` for the gradient of each.
         entropy_coef: weight of an entropy bonus.
         optimizer: AdamW with the paper's learning rate and the released script's weight decay.
         lr_scheduler: stepped with every optimizer step. None keeps the learning rate.
@@ -227,7 +227,7 @@ class ASPOModule(LightningModule):
         )
         self._loss_is_finite = torch.ones_like(self._loss_is_finite)
         if norm == 0 or not self.step_is_finite:
-            # No group told anything in this phase, or nothing usable. Without gradients AdamW leaves the weights alone;
+            # No group was informative in this phase, or none usable. Without gradients AdamW leaves the weights alone;
             # with zeros it would move them, by momentum and decay.
             optimizer.zero_grad(set_to_none=True)
         # Not over ranks, which skip together.

@@ -4,8 +4,8 @@ By Proposition 4.1 of the ASPO paper (arXiv 2510.06062) the gradient of every ob
 
     loss = - sum_t  loss_weight_t * w_t * A_t * log pi(token_t)            (w_t detached)
 
-so an objective only says how the weights ``w_t`` follow from the ratio ``r_t = pi / pi_old`` and the advantage
-``A_t``. How tokens are averaged is not its business: that is in ``loss_weight_t`` (see ``batching.py``).
+so an objective only says how the weights ``w_t`` follow from the ratio ``r_t = pi / pi_old`` and the advantage ``A_t``.
+How tokens are averaged is not its concern: that is in ``loss_weight_t`` (see ``batching.py``).
 
 To add one: subclass ``Objective`` (or ``TokenMask``), return ``TokenWeights``, and test it. Nothing else changes.
 

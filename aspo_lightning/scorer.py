@@ -14,7 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CHUNK_SIZE = 4096
-"""Vocabulary entries, unless given: on a GPU few and large kernels. See also ``_chunk_size``."""
+"""Vocabulary entries, unless given: on a GPU few large kernels. See also ``_chunk_size``."""
 
 
 def token_logprobs(
@@ -123,7 +123,7 @@ class Sums(NamedTuple):
     """What is known of each token's softmax after some chunks of the vocabulary; all [N]."""
 
     target: Tensor
-    """Logit of the target, 0 as long as it hasn't come."""
+    """Logit of the target, 0 until its chunk has come."""
     top: Tensor
     """Maximum m of the logits l."""
     total: Tensor
@@ -164,7 +164,7 @@ def _gradient(
 def _place(column: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """(columns[N, 1] that are within a chunk of ``size``, whether they were[N]).
 
-    Those outside get some column inside: picking them out would have the host wait for the device.
+    Those outside get some column inside: picking them out would make the host wait for the device.
     """
     return column.clamp(0, size - 1)[:, None], (column >= 0) & (column < size)
 
@@ -176,7 +176,7 @@ def _compiled(body: Callable[P, R]) -> Callable[P, R]:
 
 
 def _chunk_size(n: int, device: torch.device) -> int:
-    """On a CPU logits [N, B] of about 8 MiB: they stay in its caches, and their memory is used again."""
+    """On a CPU logits [N, B] of about 8 MiB: they stay in its caches, and their memory is reused."""
     return CHUNK_SIZE if device.type != "cpu" else min(CHUNK_SIZE, max(512, 2**21 // max(n, 1)))
 
 

@@ -37,7 +37,7 @@ class Prompt:
     text: str
     """What ``prompt_ids`` decode to, chat template included."""
     question: str
-    """The problem itself, before any template: by it a problem is known again in another task."""
+    """The problem itself, before any template: by it a problem is recognized in another task."""
     rewards: Mapping[str, float]
     """Import paths of the functions that judge a completion, ``reward(completion: str, row: dict) -> float``, and
     their weights."""
@@ -64,7 +64,8 @@ class Completion:
     completion_ids: tuple[int, ...]
     """With the end-of-sequence token, if one was sampled."""
     generator_logprobs: tuple[float, ...]
-    """Of each token, under the distribution it was sampled from (temperature applied); 0 where it wasn't sampled."""
+    """Log-prob of each token, under the distribution it was sampled from (temperature applied); 0 if it wasn't
+    sampled."""
     truncated: bool
     """The engine ran into the length limit before an end-of-sequence token."""
 
@@ -83,7 +84,7 @@ class Rollout(Completion):
     sampled: tuple[bool, ...] | None = None
     """Of each token, whether the model sampled it; the others are an environment's. None: all of them."""
     answer: str | None = None
-    """What it answers, as text to compare others with; only where a vote is wanted, and None if it can't be told."""
+    """What it answers, as text to compare others with; only where a vote is wanted, and None if it can't be known."""
 
     @property
     def sampled_length(self) -> int:

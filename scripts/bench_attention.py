@@ -57,7 +57,7 @@ def long_row(tokens: int, sequences: int) -> None:
 
 
 def phase(models: dict[str, ScoredCausalLM], budget: int, repeats: int) -> None:
-    """Prints the ratios of a phase's times; the models are by their attention, and have the same weights."""
+    """Prints the ratios of a phase's times; the models are keyed by their attention, and have the same weights."""
     completions, length = 64, 20
     each = min(completions, budget // length)
     batches = [row([length] * min(each, completions - i), prompt=16) for i in range(0, completions, each)]

@@ -1,4 +1,4 @@
-"""Speed on one GPU: tokens/s and the share of the measured matmul peak, against the plain Hugging Face way.
+"""Speed on one GPU: tokens/s and the share of the measured matmul peak, against plain Hugging Face code.
 
     python scripts/bench_gpu.py [--tokens 8192 --sequences 4 --layers 28 --repeats 5]
 
@@ -6,8 +6,8 @@ Updates (forward and backward, without the optimizer) and scoring of a packed ro
 DeepSeek-R1-Distill-Qwen-1.5B with float32 weights, under bf16 autocast, activations checkpointed; plain is
 transformers' sdpa over the packed row, all logits, log_softmax. The head alone: log-probs from hidden states, forward
 and backward, also by the functions of TRL and Liger where they are installed. And an engine's syncs and sleeps, where
-vLLM is. All ways take turns; medians, the lowest and the highest in brackets. Without a GPU it runs with small sizes,
-to show that it runs: those figures mean nothing.
+vLLM is. All variants take turns; medians, the lowest and the highest in brackets. Without a GPU it runs with small
+sizes, to show that it runs: those figures mean nothing.
 
 FLOPs are those of a forward pass times three: 2 x parameters of the layers and head a token, and causal attention
 within each sequence; what is computed a second time isn't counted.

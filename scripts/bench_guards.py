@@ -24,7 +24,7 @@ WARM_UP = 2
 
 
 class SameEpoch(Rollouts):
-    """Runs its first phase again and again, every second time without guards; keeps the seconds of each epoch."""
+    """Runs its first phase repeatedly, every second time without guards; keeps the seconds of each epoch."""
 
     seconds: list[float] = []  # noqa: RUF012
 

@@ -28,7 +28,7 @@ PARTS = ("generate", "score", "update")
 
 
 def resident(field: str) -> int:
-    """Bytes by /proc: VmRSS is what this process holds, VmHWM the most since the last reset."""
+    """Bytes from /proc: VmRSS is what this process holds, VmHWM the most since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -130,7 +130,7 @@ def run(model: str, ranks: int, epochs: int) -> tuple[dict[str, list[float]], li
 
 
 def product(seconds: float = 4.0) -> float:
-    """Plain products a second, on one thread."""
+    """Plain products per second, on one thread."""
     torch.set_num_threads(1)
     a, b = torch.randn(512, 576), torch.randn(576, 1536)
     start, count = time.perf_counter(), 0
@@ -141,7 +141,7 @@ def product(seconds: float = 4.0) -> float:
 
 
 def products(processes: int) -> float:
-    """Of that many processes together."""
+    """The same for that many processes together."""
     command = [sys.executable, "-c", "from bench_scaling import product; print(product())"]
     pipe = {"stdout": subprocess.PIPE, "text": True, "env": environment()}
     started = [subprocess.Popen(command, **pipe) for _ in range(processes)]

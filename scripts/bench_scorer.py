@@ -3,8 +3,9 @@
     python scripts/bench_scorer.py [--vocabulary 151936 --tokens 4096 --hidden 1024 --repeats 5]
 
 Memory is the peak of the process beyond what it held before, less the gradients of hidden states and weight, which
-every way needs. Also against what TRL's GRPOTrainer calls, and Liger's function, where they are installed and run on
-this machine. TRL goes beside this environment: pip install --no-deps --target DIR trl==1.16.0, and DIR in PYTHONPATH.
+every variant needs. Also against what TRL's GRPOTrainer calls, and Liger's function, where they are installed and run
+on this machine. TRL goes beside this environment: pip install --no-deps --target DIR trl==1.16.0, and DIR in
+PYTHONPATH.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 WANTED = 0.95
-NOTICED = {"killed", "timeout"}  # a loop without end is noticed too
+NOTICED = {"killed", "timeout"}  # an endless loop is noticed too
 
 
 def mutmut(*arguments: str) -> str:

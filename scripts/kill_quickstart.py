@@ -1,4 +1,4 @@
-"""Kills a run of the quickstart, goes on, and compares it with one that was never disturbed, bit for bit.
+"""Kills a run of the quickstart, resumes it, and compares it with one that was never disturbed, bit for bit.
 
 python scripts/kill_quickstart.py FOLDER
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Changes the core files in small ways, one at a time, and asks their tests whether they notice (mutmut; its settings are
+# Changes the core files in small ways, one at a time, and checks whether their tests notice (mutmut; its settings are
 # in pyproject.toml). Takes about an hour; not part of the tests. Arguments go to `mutmut run`, such as the names of
 # mutants to try again: bash scripts/mutants.sh 'aspo_lightning.objectives*'
 set -euo pipefail

@@ -2,7 +2,7 @@
 
 python scripts/prepare_data.py --source agentica-org/DeepScaleR-Preview-Dataset --question problem --out math.jsonl
 
-Killed and started again with the same arguments it goes on, and writes the same file as if it had never stopped.
+Killed and started again with the same arguments, it resumes, and writes the same file as if it had never stopped.
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def main(
     dropped, ids = Counter(state["dropped"]), set()
     if state["read"]:
         with out.open("r+b") as file:
-            file.truncate(state["bytes"])  # what was written behind the last save is written again
+            file.truncate(state["bytes"])  # what was written after the last save is written again
         for _, _, row in read_rows(str(out)):
             duplicates.add(row["question"])
             ids.add(row["id"])
@@ -127,7 +127,7 @@ def main(
             temporary.write_text(json.dumps(state))
             temporary.replace(state_path)
 
-        save()  # from the first byte on, the file is known as one that can be gone on with
+        save()  # from the first byte on, the file is known as one that can be resumed
         rows = read_rows(source, subset, split)
         for index, (where, number, row) in enumerate(tqdm(rows, desc="prepare", unit="row")):
             if index < state["read"]:

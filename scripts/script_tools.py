@@ -1,4 +1,4 @@
-"""What several scripts need: where things are, and timing by turns."""
+"""What several scripts need: where things are, and timing in turn."""
 
 import os
 import statistics
@@ -28,7 +28,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turn(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way that runs here, after a first time that doesn't count."""
+    """Seconds of each variant that runs here, after a first time that doesn't count."""
     times: dict[str, list[float]] = {}
     for name, work in ways.items():
         try:

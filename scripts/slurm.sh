@@ -10,5 +10,5 @@ set -euo pipefail
 
 # sbatch runs a copy of this file: the project is where it was called.
 cd "$SLURM_SUBMIT_DIR"
-# A task that fails ends the others, which would wait for it otherwise.
+# A task that fails ends the others, which would otherwise wait for it.
 srun --kill-on-bad-exit=1 .venv/bin/aspo fit "$@" --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices 8

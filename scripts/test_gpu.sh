@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests what only a GPU can tell, on one GPU, offline, in some ten minutes. Arguments go to pytest; without vLLM what
+# Tests what only a GPU can show, on one GPU, offline, in some ten minutes. Arguments go to pytest; without vLLM, what
 # needs it is left out. It needs scripts/install.sh dev, or any Python with torch 2.11 or newer, transformers, pytest,
 # hypothesis and peft for the kernels (tests/gpu/test_kernels.py) alone.
 set -euo pipefail

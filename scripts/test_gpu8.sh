@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests what only several GPUs of a machine can tell; meant for eight, runs with two or four as well. After
+# Tests what only several GPUs of a machine can show; meant for eight, it also runs with two or four. After
 # scripts/test_gpu.sh; some forty minutes. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -26,7 +26,7 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
         dtype: of the weights written. None: as they were trained.
 
     Raises:
-        ConfigError: if ``source`` is no checkpoint, or ``target`` holds something.
+        ConfigError: if ``source`` isn't a checkpoint, or ``target`` isn't empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder. Choose another place.")

@@ -55,7 +55,7 @@ class ASPOCLI(LightningCLI):
                 "trainer.reload_dataloaders_every_n_epochs": 1,
                 "trainer.use_distributed_sampler": False,
                 "trainer.num_sanity_val_steps": 0,
-                "trainer.inference_mode": False,  # in which sharded weights can do less
+                "trainer.inference_mode": False,  # in inference mode sharded weights can do less
                 "trainer.log_every_n_steps": 1,
                 "trainer.gradient_clip_val": 1.0,
                 "trainer.max_epochs": 100,
@@ -75,7 +75,7 @@ class ASPOCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """LightningCLI would read the whole checkpoint here, for hyperparameters that there are none of."""
+        """LightningCLI would read the whole checkpoint here, for hyperparameters that it doesn't have."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: object) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -172,7 +172,7 @@ class ASPOCLI(LightningCLI):
         if self.trainer.is_global_zero:
             stop = callback_of(self.trainer, GracefulStop)
             if stop is not None and stop.received is not None:
-                sys.exit(128 + stop.received)  # as if it had not been caught: the run isn't at its end
+                sys.exit(128 + stop.received)  # as if it had not been caught: the run isn't finished
 
     def after_validate(self) -> None:
         self.datamodule.close()
@@ -185,8 +185,8 @@ RESTARTED = "ASPO_RESTARTED"  # in the environment of a run that was started aga
 def start_again(reason: str, run: RunFolder | None) -> NoReturn:
     """Replaces this process by one that resumes the run, whatever state it is in; once.
 
-    That is as good as a new engine with the current weights: the last checkpoint is of the phase's beginning, and the
-    same completions are drawn.
+    That is as good as a new engine with the current weights: the last checkpoint is from the beginning of the phase,
+    and the same completions are drawn.
     """
     if before := os.environ.get(RESTARTED):
         resume = f" Resume with --ckpt_path {run.path}." if run and run.has_checkpoints() else ""
@@ -244,7 +244,7 @@ def place_loggers(loggers: object, run: RunFolder, steps: int | None) -> None:
     """Puts the run's folder into the settings of its loggers; ``steps`` is that of the checkpoint it is resumed from.
 
     Those of Lightning that make a folder of their own for each run write into this one. TensorBoard then shows what was
-    logged after the checkpoint once. A CSV file can't be taken up again: a resumed run writes one beside it.
+    logged after the checkpoint once. A CSV file can't be continued: a resumed run writes one next to it.
     """
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if not isinstance(logger, Namespace) or "init_args" not in logger:
@@ -264,7 +264,7 @@ def place_loggers(loggers: object, run: RunFolder, steps: int | None) -> None:
 
 
 def check_same_computation(run: RunFolder, config: Mapping[str, object]) -> None:
-    """Raises ConfigError if a run would be resumed under settings that compute something else than it did so far."""
+    """Raises ConfigError if a run would be resumed under settings that compute something other than it did so far."""
     before = run.config()
     if before is not None and (changes := differences(computation(before), computation(config))):
         told = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
@@ -275,7 +275,7 @@ def check_same_computation(run: RunFolder, config: Mapping[str, object]) -> None
 
 
 def computation(config: Mapping[str, object]) -> dict[str, object]:
-    """The settings of ``aspo fit`` that decide what a run computes."""
+    """The settings of ``aspo fit`` that determine what a run computes."""
     trainer = config.get("trainer")
     return {
         "seed_everything": config.get("seed_everything"),

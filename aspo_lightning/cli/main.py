@@ -14,7 +14,7 @@ from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.errors import AspoError
 from aspo_lightning.module import ASPOModule
 
-# Of libraries, and nothing that a user could act on.
+# Warnings of libraries that a user can't act on.
 HARMLESS_WARNINGS = [
     r"Total length of `list` across ranks is zero",  # a run without held-out tasks
     r".*torch\.distributed\.reduce_op.* is deprecated",  # vLLM looks at it

@@ -25,13 +25,13 @@ from aspo_lightning.scorer import CHUNK_SIZE
 
 GB = 1e9
 
-# GB of a process without a model. cuda: context and NCCL's buffers, by rule of thumb; cpu: torch, vLLM, transformers
+# GB of a process without a model. cuda: context and NCCL's buffers, as a rule of thumb; cpu: torch, vLLM, transformers
 # and Lightning, measured.
 RUNTIME = {"cuda": 3.0, "cpu": 0.95}
 
 DEFAULT_GPU_MEMORY = 80.0
 
-# By rule of thumb: the part of its memory that the trainer's allocator has in pieces too small to use or to give back.
+# As a rule of thumb: the share of the trainer's memory that its allocator has in pieces too small to use or give back.
 FRAGMENTATION = 0.1
 MOST_OF_A_GPU = 0.9
 """The largest share of it that is suggested for the engine."""
@@ -39,7 +39,7 @@ MOST_OF_A_GPU = 0.9
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run's settings decides how much memory it takes."""
+    """The settings that determine a run's memory."""
 
     model_name_or_path: str
     on_gpu: bool
@@ -61,16 +61,16 @@ class Run:
     optimizer_states: int
     token_budget: int
     longest_sequence: int
-    """That is trained."""
+    """Tokens of the longest sequence that is trained on."""
     context_length: int
-    """That the engine is made for: evaluations may have longer ones."""
+    """Tokens that the engine is made for: evaluations may have longer sequences."""
     completions: int
     """Of a phase."""
     engine: Engine
     gpu_memory: float
     """GB."""
     engine_share: float | None = None
-    """Of a GPU, in place of the one that the engine has set."""
+    """Share of a GPU, in place of the one that the engine has set."""
 
     @property
     def world_size(self) -> int:

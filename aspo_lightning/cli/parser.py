@@ -13,7 +13,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.objectives import Objective
 from aspo_lightning.tasks import Task
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help stands under it
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is below it
 
 
 class Parser(LightningArgumentParser):
@@ -27,14 +27,14 @@ class Parser(LightningArgumentParser):
         branch: str | None = None,
         **kwargs: object,
     ) -> None:
-        """Checks null like any other value, which jsonargparse leaves out; each class' settings have such a parser."""
+        """Checks null like any other value, which jsonargparse skips; each class's settings have such a parser."""
         # First what is missing, which is null here as well.
         for unset in (skip_unset, False):
             super().validate(namespace, unset, skip_required, branch, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
-        # A class' settings have a parser of their own, whose message is in that of the parser above it.
+        # A class's settings have a parser of their own, whose message is in that of the parser above it.
         if match := re.search(r'Parser key "([^"]+)".*?(?:([\w.]+) is null\.|value: None\b)', message):
             key = ".".join(filter(None, match.groups()))
             message = f"{key} is null. Give it a value, or leave it out for the default."

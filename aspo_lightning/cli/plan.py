@@ -96,7 +96,7 @@ def report(run: Run, plan: MemoryPlan, epoch: list[str]) -> tuple[str, bool]:
 
 
 class Planner:
-    """Stands where a Trainer would: ``fit`` prints the plan."""
+    """Takes the place of a Trainer: ``fit`` prints the plan."""
 
     def __init__(self, settings: Namespace, gpu_memory: float | None) -> None:
         self.settings, self.gpu_memory = settings, gpu_memory

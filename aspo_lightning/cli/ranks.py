@@ -21,7 +21,7 @@ def die_with_main_process() -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[MAIN_PROCESS] = str(os.getpid())
         return
-    # Of a rank that something else has started, it may be a process that has nothing to do with it.
+    # If something else has started this rank, its parent may be a process that has nothing to do with it.
     main = int(os.environ.get(MAIN_PROCESS, "0"))
     if main == os.getppid():
         die_with_parent()

@@ -84,7 +84,7 @@ def read_result(path: Path) -> Result:
     """An evaluation's result, from its folder or its file.
 
     Raises:
-        ConfigError: if it is none, or isn't finished.
+        ConfigError: if it isn't one, or isn't finished.
     """
     file = path / RESULT if path.is_dir() else path
     try:
@@ -132,12 +132,12 @@ def comparison(results: Mapping[str, Result]) -> str:
 
 
 def measurements(result: Result, benchmark: str) -> dict[str, Interval]:
-    """Of a benchmark; none if it isn't in the evaluation."""
+    """The measurements of a benchmark; none if it isn't in the evaluation."""
     return result["benchmarks"][benchmark]["measurements"] if benchmark in result["benchmarks"] else {}
 
 
 def within_chance(first: Result, other: Result, name: str, key: str) -> bool:
-    """Whether a difference could be chance. False where the problems aren't the same: nothing is said of those."""
+    """Whether a difference could be chance. False where the problems aren't the same: nothing is said about those."""
     both = (first, other)
     conditions = [result["settings"]["benchmarks"].get(name) for result in both]
     if len({c and c.get("prompts") for c in conditions}) > 1 or not all(key in measurements(r, name) for r in both):
@@ -150,7 +150,7 @@ def within_chance(first: Result, other: Result, name: str, key: str) -> bool:
 
 
 def other_settings(results: Mapping[str, Result]) -> list[str]:
-    """Lines that tell in what the evaluations differ, besides the model."""
+    """Lines that say in what the evaluations differ, besides the model."""
     settings = [
         flat({k: v for k, v in r["settings"].items() if k not in ("model", "weights")}) for r in results.values()
     ]

@@ -10,11 +10,11 @@ from aspo_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send  # of vLLM's
 
-TOKEN = "VLLM_API_KEY"  # which vLLM itself reads, but asks for by some of its paths only
+TOKEN = "VLLM_API_KEY"  # which vLLM itself reads, but requires on some of its paths only
 
 
 def headers() -> dict[str, str]:
-    """What a request says. Raises ConfigError where there is no token, or one that no header can hold."""
+    """The headers of a request. Raises ConfigError where there is no token, or one that no header can hold."""
     token = os.environ.get(TOKEN, "")
     if not token:
         raise ConfigError(

@@ -60,7 +60,7 @@ class Engine(ABC):
     _on_hang: Callable[[str], None] = staticmethod(end_process)
 
     def when_it_hangs(self, on_hang: Callable[[str], None]) -> None:
-        """Has ``on_hang`` called, with the reason, instead of ending this process. Not all engines can tell."""
+        """Has ``on_hang`` called, with the reason, instead of ending this process. Not all engines notice."""
         self._on_hang = on_hang
 
     @property
@@ -82,7 +82,7 @@ class Engine(ABC):
         gpu_memory: float | None,
         share: float | None = None,
     ) -> EngineMemory:
-        """What it will take here; by default nothing, like an engine elsewhere.
+        """What it will take on this machine; by default nothing, like an engine elsewhere.
 
         Args:
             config: of the (text) model.

@@ -31,8 +31,8 @@ HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in bet
 class VLLMServers(Engine):
     """Samples with servers started with ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
 
-    Where there are several ranks, each uses its share of the servers, or shares one. What the servers are asked comes
-    with the token that they were started with, from the environment variable VLLM_API_KEY.
+    Where there are several ranks, each uses its share of the servers, or shares one. Requests to the servers carry the
+    token that they were started with, from the environment variable VLLM_API_KEY.
 
     Args:
         urls: like http://127.0.0.1:8001.
@@ -89,7 +89,7 @@ class VLLMServers(Engine):
                 "world_size": members,
                 "timeout_s": self.timeout_s,
             }
-            # They answer when all have joined, so this one must meanwhile.
+            # They answer when all have joined, so this process must join meanwhile.
             answers.append(self._ask_meanwhile(url, "/init_weight_transfer_engine", init_info=join))
             next_rank += sizes[url]
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -236,7 +236,7 @@ class VLLMServers(Engine):
             return list(pool.map(lambda url: self._ask(url, "POST", path, otherwise=otherwise), self.urls))
 
     def _ask_meanwhile(self, url: str, path: str, **body: object) -> Future[Answer]:
-        """What a server will answer. One that never does keeps nobody waiting, nor the process from ending."""
+        """What a server will answer. One that never does keeps nobody waiting, and lets the process end."""
         answer: Future[Answer] = Future()
 
         def ask() -> None:
@@ -258,7 +258,7 @@ class VLLMServers(Engine):
         otherwise: str | None = None,
         json: Mapping[str, object] | None = None,
     ) -> Answer:
-        """What a server answers. Where it refuses, ``otherwise`` is asked for, and then once more."""
+        """What a server answers. Where it refuses, ``otherwise`` is asked for, and then ``path`` once more."""
         try:
             response = httpx.request(
                 method, url + path, timeout=timeout or self.timeout_s, headers=headers(), trust_env=False, json=json

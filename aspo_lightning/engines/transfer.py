@@ -1,11 +1,11 @@
-"""Weights from a trainer to vLLM servers: both ends of a stream of tensors, by vLLM's weight-transfer interface.
+"""Weights from a trainer to vLLM servers: both ends of a stream of tensors, through vLLM's weight-transfer interface.
 
 vLLM finds ``register`` by the package's entry point, in each of its processes; a server uses it when it is started with
 ``--weight-transfer-config '{"backend": "aspo"}'``. The trainer is rank 0 of a process group of its own, all workers of
 all servers are the other ranks. Each tensor is broadcast after a header, so only one exists at a time.
 
 vLLM's own NCCL backend could serve several servers too, but not on CPUs: with it there would be two streams. It also
-wants all names and shapes ahead, and waits for a lost peer for good.
+wants all names and shapes in advance, and waits for a lost peer forever.
 """
 
 import json
@@ -29,20 +29,20 @@ CHECK_S = 1.0
 class Stream:
     """One end of the stream. Making it waits for all others.
 
-    Whoever waits in a broadcast looks every second whether the others are still there: NCCL doesn't notice.
+    Whoever waits in a broadcast checks every second whether the others are still there: NCCL doesn't notice.
 
     Args:
         address: where the trainer listens.
         port: of the trainer.
         rank: 0 sends.
         world_size: one trainer and all workers.
-        device: where the tensors are; a GPU's go by NCCL, others by gloo.
+        device: where the tensors are; a GPU's go over NCCL, others over gloo.
         timeout_s: how long to wait for the others.
         check_servers: for the trainer; raises if a server is gone.
 
     Raises:
         ConfigError: weights can't be sent between these devices.
-        ConnectionError: from all methods, when another end is gone or lets this one wait too long.
+        ConnectionError: from all methods, when another end is gone or keeps this one waiting too long.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Stream:
             check_devices([self.store.get(f"device/{i}").decode() for i in range(world_size)])
             if device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
-                options._timeout = 2 * timeout  # after ours: at its own NCCL ends the whole process
+                options._timeout = 2 * timeout  # after ours: NCCL ends the whole process at its own
                 self.group: Any = dist.ProcessGroupNCCL(self.store, rank, world_size, options)
             else:
                 self.group = dist.ProcessGroupGloo(self.store, rank, world_size, timeout)

@@ -1,4 +1,4 @@
-"""Sampling with plain transformers: slower than vLLM, but there wherever the trainer is."""
+"""Sampling with plain transformers: slower than vLLM, but available wherever the trainer is."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What it takes, for ``aspo plan``. By rule of thumb: bytes that stay on a GPU while it sleeps (CUDA graphs, and the
+# What it takes, for ``aspo plan``. As a rule of thumb: bytes that stay on a GPU while it sleeps (CUDA graphs, and the
 # workspaces of kernels and sampler), with graphs and without. They count in its share.
 ASLEEP, ASLEEP_EAGER = 2.0e9, 1.0e9
-CPU_BATCHED_TOKENS = 4096  # of a prefill by the CPU build
+CPU_BATCHED_TOKENS = 4096  # of a prefill with the CPU build
 
 
 class VLLMEngine(Engine):
@@ -43,8 +43,8 @@ class VLLMEngine(Engine):
         gpu_memory_utilization: share of a GPU's memory for the engine, weights included; the rest is the trainer's.
         max_num_seqs: completions sampled at a time.
         enforce_eager: no compilation and no CUDA graphs.
-        timeout_s: an engine that takes longer for one step (a token of all completions) hangs. Its process ends then,
-            or is started again.
+        timeout_s: an engine that takes longer for one step (a token of all completions) counts as hanging. Its process
+            then ends, or is started again.
         tensor_parallel_size: neighbouring ranks that share an engine, for a model too large for one GPU's share.
     """
 
@@ -227,7 +227,7 @@ def _no_bound_device() -> Iterator[None]:
     """Has vLLM make its process groups as it does under torchrun, where the trainer's group is bound to no GPU.
 
     Lightning binds it. torch then splits new groups off its NCCL communicator, and the ranks outside of a gloo group
-    split too while those inside don't: whether they wait for each other for ever depends on which groups come next.
+    split too while those inside don't: whether they wait for each other forever depends on which groups come next.
     VLLM_DISTRIBUTED_USE_SPLIT_GROUP would ask for a trainer's group with gloo in it, which DDP's hasn't.
     """
     world = dist.group.WORLD if dist.is_initialized() else None

@@ -28,14 +28,14 @@ from aspo_lightning.engines.transfer import Stream
 if TYPE_CHECKING:
     from vllm import LLM
 
-# A reload makes each layer anew before it copies it over the old one. For the largest two that would be felt, so they
-# stay where they are, for ``load_in_place``.
+# A reload makes each layer anew before it copies it over the old one. For the largest two that would be noticeable, so
+# they stay where they are, for ``load_in_place``.
 SKIP_MODULES.update({"VocabParallelEmbedding", "ParallelLMHead"})
 
 
 @dataclass
 class Rendezvous(WeightTransferInitInfo):
-    """Where and as whom a server joins."""
+    """Where a server joins, and as which rank."""
 
     address: str
     port: int
@@ -83,7 +83,7 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
                 load(load_in_place(embeddings(self.model), stream.receive()))
         except BaseException:
             stream.close()  # so that the trainer doesn't wait
-            self.finish_weight_update()  # vLLM calls it off without, and the next update would find layers half made
+            self.finish_weight_update()  # else vLLM calls it off, and the next update would find layers half made
             raise
 
     def finish_weight_update(self) -> None:
@@ -117,7 +117,7 @@ def load_in_place(
 def without_shared_memory() -> None:
     """Has ranks that share an engine of the CPU build talk by gloo.
 
-    Under this launcher their shared memory has the same name in every run, also in one that was killed.
+    Under this launcher their shared memory has the same name in every run, even one that was killed.
     """
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""Ends a process whose engine hangs: nothing else can, since no Python runs then in its main thread."""
+"""Ends a process whose engine hangs: nothing else can, since no Python then runs in its main thread."""
 
 import faulthandler
 import os
@@ -16,7 +16,7 @@ def end_process(reason: str) -> None:
 
 
 class Watchdog:
-    """Calls ``on_hang``, by a thread, when a ``step`` within it takes more than ``timeout_s`` seconds.
+    """Calls ``on_hang``, from a thread, when a ``step`` within it takes more than ``timeout_s`` seconds.
 
     Args:
         timeout_s: measured by a clock that never jumps.

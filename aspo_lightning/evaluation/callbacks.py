@@ -17,7 +17,7 @@ from aspo_lightning.types import State
 
 @runtime_checkable
 class Evaluated(Protocol):
-    """What an evaluation is kept of: see ``RolloutDataModule``."""
+    """What an evaluation is taken from: see ``RolloutDataModule``."""
 
     results: Results | None
 

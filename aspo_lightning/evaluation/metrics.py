@@ -28,7 +28,7 @@ def repetition_rate(text: str, n: int = 20) -> float:
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a solution (arXiv 2107.03374, unbiased)."""
+    """The chance that k of the samples, drawn without replacement, contain a solution (arXiv 2107.03374, unbiased)."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} can't be told from {samples} samples; k is 1 to {samples}")
     return 1 - math.comb(samples - solved, k) / math.comb(samples, k)
@@ -74,12 +74,12 @@ RESAMPLES = 10_000
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """The bootstrap interval of a mean over problems, from their values.
 
-    The percentile interval is too narrow for few problems; its quantiles are moved outwards as Student's t does it
+    The percentile interval is too narrow for few problems; its quantiles are moved outwards as with Student's t
     (Hesterberg, arXiv 1411.5279, section 5.3). The same values have the same interval.
     """
     n = len(values)
     if n < 2:
-        return math.nan, math.nan  # one problem says nothing of others
+        return math.nan, math.nan  # one problem says nothing about others
     data = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(0)
     means = np.concatenate([data[draws.integers(0, n, (500, n))].mean(1) for _ in range(RESAMPLES // 500)])
@@ -97,7 +97,7 @@ class Measurement(NamedTuple):
 
 
 def measure(groups: Sequence[RolloutGroup], further_k: Sequence[int] = ()) -> dict[str, Measurement]:
-    """What the completions of a benchmark tell, by name.
+    """What the completions of a benchmark show, by name.
 
     avg@k, pass@k and maj@k as in ``scores``; length in tokens, truncated_fraction, repetition_rate and failed_rewards
     (a share) of all completions.
@@ -122,7 +122,7 @@ def scores(
 
     - avg@k: the share of solutions.
     - pass@k, maj@k: see ``metrics``; for that k, if it is more than 1, and for ``further_k``. maj@k only where the
-      reward tells what a completion answers.
+      reward reports what a completion answers.
     """
     samples = len(problems[0][0])
     values = {f"avg@{samples}": [sum(solved) / samples for solved, _ in problems]}

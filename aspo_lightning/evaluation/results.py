@@ -84,7 +84,7 @@ class Result(TypedDict):
 
 
 class Results:
-    """The folder of an evaluation. Every rank has one; the first writes what is of all.
+    """The folder of an evaluation. Every rank has one; the first writes what is common to all.
 
     Args:
         folder: where it is.
@@ -116,7 +116,7 @@ class Results:
         self._measured[benchmark] = (groups, measurements)
 
     def finish(self) -> None:
-        """Writes everything; the journal has served then."""
+        """Writes everything; the journal is no longer needed then."""
         _barrier()
         if self.rank == 0:
             lines = [
@@ -195,7 +195,7 @@ def read_known(folder: Path) -> dict[tuple[str, str, int], Known]:
                 record = json.loads(line)
                 key = record.pop("benchmark"), record.pop("id"), record.pop("sample")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                continue  # torn by a kill: what it told is done again
+                continue  # torn by a kill: what it held is done again
             if not all(isinstance(part, (str, int)) for part in key):
                 continue
             for name in ("prompt", "text"):

@@ -23,15 +23,15 @@ NAME = "packed"
 _sdpa_of_transformers: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
 
 _NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""torch 2.11 takes fewer heads of keys than of queries without being asked to."""
+"""torch 2.11 takes fewer key heads than query heads without being asked to."""
 
 _LIKE = 0.75
-"""The shortest sequence of an SDPA batch over its longest: the rest of a sequence's place there is computed in vain."""
+"""The shortest sequence of an SDPA batch over its longest: the rest of a sequence's place there is wasted work."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the sequences of a row are, as the kernels want to know it."""
+    """Where the sequences of a row are, in the form the kernels need."""
 
     bounds: Tensor
     """[S + 1] int32; the first token of each sequence, then T."""
@@ -101,13 +101,13 @@ def packed_attention(
         value: [T, K, D].
         packing: of the row.
         scale: of the products. None: 1 / sqrt(D).
-        window: how many tokens a token sees, itself among them. None: all before it.
+        window: how many tokens a token sees, itself included. None: all before it.
 
     Returns:
         [T, A, D].
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # rotary embeddings make float32 of queries and keys there, not of values
+    if torch.is_autocast_enabled(device):  # rotary embeddings turn queries and keys into float32 there, not values
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if _has_kernel(query):
         kernel = partial(varlen_attn, enable_gqa=True) if _NAMES_GROUPED_HEADS else varlen_attn
@@ -138,7 +138,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float 
     mask = None
     if window is not None and window < length:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    # As many heads of keys as of queries, [B, A, L, D]: for fewer a GPU has no 32-bit kernel but the one that makes all
+    # As many key heads as query heads, [B, A, L, D]: for fewer, a GPU's only 32-bit kernel is the one that computes all
     # scores, [B, A, L, L].
     heads = query.shape[1]
     query, key, value = (

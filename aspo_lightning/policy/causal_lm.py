@@ -124,7 +124,7 @@ class ScoredCausalLM(nn.Module):
         )[0]
 
     def _hidden_padded(self, batch: MicroBatch) -> Tensor:
-        """The same [T, H] by one padded row a sequence, for models whose layers see across packed sequences."""
+        """The same [T, H] from one padded row per sequence, for models whose layers see across packed sequences."""
         ids = pad_sequence(batch.input_ids.split(batch.row_lengths), batch_first=True)
         mask = pad_sequence(torch.ones_like(batch.input_ids).split(batch.row_lengths), batch_first=True)
         hidden = self._hidden(ids, attention_mask=mask)
@@ -153,7 +153,7 @@ class ScoredCausalLM(nn.Module):
             expected = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
             # Layers that attend in chunks are only seen in longer sequences than these.
             for self.packs in (False,) if getattr(config, "attention_chunk_size", None) else (True, False):
-                with suppress(NotImplementedError, TypeError):  # it can't, or takes no attention of ours
+                with suppress(NotImplementedError, TypeError):  # it can't, or doesn't take our attention
                     if torch.allclose(self.forward(batch)[0].float(), expected, rtol=0, atol=tolerance):
                         self.lm.train(training)
                         return

@@ -1,4 +1,4 @@
-"""How a model is loaded and computed with: ``model.*`` on the command line, documented and checked where it stands."""
+"""How a model is loaded and computed with: ``model.*`` on the command line, documented and checked in place."""
 
 import math
 from dataclasses import dataclass

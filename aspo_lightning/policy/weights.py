@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from aspo_lightning.types import State
 
-ADAPTER = "default"  # peft's name for an only adapter
+ADAPTER = "default"  # peft's name for a single adapter
 
 
 def add_lora(lm: PreTrainedModel, rank: int, alpha: float) -> None:
@@ -37,8 +37,8 @@ def set_adapters(lm: nn.Module, enabled: bool) -> None:
 def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """(hub name, full tensor) of each weight, tied weights once; collective where the model is sharded.
 
-    Only one full tensor exists at a time, if the caller keeps none. With ``dtype`` they are of that; shards are cast
-    before they are gathered.
+    Only one full tensor exists at a time, if the caller keeps none. With ``dtype`` they are cast to it, shards before
+    they are gathered.
     """
     adapted = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in lm.named_parameters():
@@ -73,7 +73,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return tensor
     if tensor.placements != (Shard(0),):
         return tensor.full_tensor()
-    # Not by DTensor itself: gloo's gather holds all of it twice, and so does a gather of shards that differ in size.
+    # Not with DTensor's own: gloo's gather holds all of it twice, and so does a gather of shards that differ in size.
     local, group = tensor.to_local(), tensor.device_mesh.get_group()
     full = torch.empty(tensor.shape, dtype=local.dtype, device=local.device)
     for rank, part in enumerate(full.chunk(dist.get_world_size(group))):

@@ -55,7 +55,7 @@ class CodeReward:
     """Runs the last code block of the completion against tests."""
 
     isolated: bool
-    """Inside the sandbox; otherwise by limits alone."""
+    """Inside the sandbox; otherwise with limits alone."""
 
     def check(self) -> None:
         """Raises ConfigError unless code can run here as it should."""
@@ -67,7 +67,7 @@ class CodeReward:
 
         Args:
             completion: the model's text. Without a fenced block, all of it after the thinking is taken as code.
-            row: ``answer`` holds the tests in any format that ``parse_tests`` reads; of HumanEval, the whole row does.
+            row: ``answer`` holds the tests in any format that ``parse_tests`` reads; for HumanEval, the whole row does.
                 A function's name may be in ``metadata`` (LiveCodeBench). ``time_limit`` for one test is optional:
                 seconds, or CodeContests' {"seconds": ..., "nanos": ...}.
         """
@@ -86,7 +86,7 @@ class CodeReward:
 reward = CodeReward(isolated=True)
 
 reward_without_isolation = CodeReward(isolated=False)
-"""As ``reward``, by limits alone: the code can read, write and connect as this user. Not for untrusted models."""
+"""As ``reward``, with limits alone: the code can read, write and connect as this user. Not for untrusted models."""
 
 
 def passes(code: str, tests: list[Test], limits: Limits, *, isolated: bool) -> bool:

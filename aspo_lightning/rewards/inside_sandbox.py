@@ -1,7 +1,7 @@
-"""Runs inside the sandbox, by ``python -c``: sets the limits, then runs the code of a job. Standard library only.
+"""Runs inside the sandbox, with ``python -c``: sets the limits, then runs the code of a job. Standard library only.
 
-``sandbox.py`` sends its source; outside, only ``encode``, ``decode``, ``prctl`` and ``die_with_parent`` are used. What
-is expected never comes in here together with the model's code.
+``sandbox.py`` sends its source; outside, only ``encode``, ``decode``, ``prctl`` and ``die_with_parent`` are used. The
+expected answers never come in here together with the model's code.
 """
 
 import json

@@ -21,7 +21,7 @@ from aspo_lightning.rewards.supervisor import supervise
 
 @runtime_checkable
 class Checked(Protocol):
-    """A function that may need something of the machine."""
+    """A function that may need something from the machine."""
 
     def check(self) -> None:
         """Raises an error if it can't be used."""
@@ -30,7 +30,7 @@ class Checked(Protocol):
 
 @cache
 def load(path: str) -> Callable[..., object]:
-    """The function ``module.name``; with ``:attribute`` after it that of the function, or one that gives None."""
+    """The function ``module.name``; with ``:attribute`` after it, that of the function, or one that returns None."""
     path, _, attribute = path.partition(":")
     module, _, name = path.rpartition(".")
     function = getattr(importlib.import_module(module), name)

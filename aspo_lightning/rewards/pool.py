@@ -33,7 +33,7 @@ class Call(NamedTuple):
     """``function(subject, row)``, to be run in the pool."""
 
     function: str
-    """Its import path; ``path:name`` is an attribute of it that is a function, or without one gives None."""
+    """Its import path; ``path:name`` is a function that is its attribute, or one that returns None if there is none."""
     subject: object
     """A completion's text, or what else the function judges."""
     row: Mapping[str, object]
@@ -59,7 +59,7 @@ class RewardItem(NamedTuple):
 
 
 class RewardResult(NamedTuple):
-    """What the rewards of a completion say of it."""
+    """What the rewards say about a completion."""
 
     reward: float
     """Their weighted sum."""

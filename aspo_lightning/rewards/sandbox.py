@@ -27,7 +27,7 @@ from aspo_lightning.rewards import inside_sandbox
 
 
 class Limits(NamedTuple):
-    """Of one process."""
+    """Limits of one process."""
 
     seconds: float = 6.0
     """Wall clock of a program, or of each call."""
@@ -37,7 +37,7 @@ class Limits(NamedTuple):
 
 
 class Failed(Exception):
-    """The code crashed, ran into a limit or sent what makes no sense; the message says which."""
+    """The code crashed, ran into a limit or sent something that makes no sense; the message says which."""
 
 
 def check_isolation() -> None:
@@ -205,7 +205,7 @@ def _bwrap(limits: Limits, filter_fd: int) -> list[str]:
         elif not any(path != other and Path(path).is_relative_to(other) for other in visible):
             binds += ["--ro-bind", path, path]
     devices = [arg for name in ("null", "zero", "urandom") for arg in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
-    # The root is a tmpfs without a bound on its size, therefore read-only; so is /dev below it. There is no /proc.
+    # The root is a tmpfs without a bound on its size, and therefore read-only; so is /dev below it. There is no /proc.
     return [
         *(
             str(shutil.which("bwrap")),
@@ -235,7 +235,7 @@ class _read_only:
 
 
 class _Numbers(NamedTuple):
-    """Of an architecture and its system calls."""
+    """Numbers of an architecture and its system calls."""
 
     arch: int
     clone: int

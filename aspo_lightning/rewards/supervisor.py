@@ -1,4 +1,4 @@
-"""A process that nothing below it outlives, whatever session it is in and however often it has forked.
+"""A process that nothing below it outlives, whatever session that is in and however often it has forked.
 
 Linux hands an orphan to its nearest ancestor that has asked for them, a subreaper (see prctl(2)), so all that was ever
 started below the supervisor stays below it. That takes no privileges.

@@ -4,9 +4,9 @@ policy ── weights ──► engine                                    sync
                         │   ──► the probe: engine = trainer?    probe
 curriculum ── prompts ──┤                                       draw
                         ▼
-                   completions ──► rewards                      sample (again while too few groups tell something)
+                   completions ──► rewards                      sample (again while too few groups are informative)
                         │
-              every rank holds all groups                       keep those that tell something
+              every rank holds all groups                       keep the informative ones
                         │
         shaped rewards ──► advantages                           shape
                         │
@@ -48,7 +48,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Policy(Scorer, Protocol):
-    """What a phase needs of the module that trains: see ``ASPOModule``."""
+    """What a phase needs from the module that trains: see ``ASPOModule``."""
 
     model_name_or_path: str
     temperature: float
@@ -97,7 +97,7 @@ class Rollouts:
     def sample(self, epoch: int) -> tuple[list[RolloutGroup], dict[str, float]]:
         """The groups of an epoch in the order sampled, and the seconds by part.
 
-        With ``no_spread: refill`` more are sampled while too few tell something (DAPO's dynamic sampling).
+        With ``no_spread: refill`` more are sampled while too few are informative (DAPO's dynamic sampling).
         """
         settings = self.settings
         groups: list[RolloutGroup] = []
@@ -112,7 +112,7 @@ class Rollouts:
         return groups, times
 
     def draw(self, epoch: int, attempt: int, missing: int, so_far: Sequence[RolloutGroup]) -> list[Prompt]:
-        """The prompts of a first attempt; after it those that are ``missing``, of prompts not yet drawn."""
+        """The prompts of a first attempt; after it the ``missing`` ones, of prompts not yet drawn."""
         seed, count = self.settings.seed, self.settings.prompts_per_phase
         if attempt == 0:
             return self.curriculum.draw(self.prompts, count, epoch=epoch, seed=seed)
@@ -164,7 +164,7 @@ class Rollouts:
 def sync(engine: Engine, policy: Policy) -> float:
     """Gives the engine the policy's weights as they are now. Returns the seconds that took.
 
-    Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be told from
+    Before every sampling: what changes weights (a step, a callback that averages them, a checkpoint) can't be seen from
     the outside.
     """
     start = time.perf_counter()

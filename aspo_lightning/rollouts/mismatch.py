@@ -41,8 +41,8 @@ class Probe:
     """Compares engine and trainer on a fixed prompt, each time the engine has new weights.
 
     Finds weights that didn't arrive, or a prefix cache of the old ones: the prompt is long enough to be cached. In
-    bfloat16 a single token may agree by chance, and no later one would be as near: the mean of two short completions is
-    within a factor of a few from weights to weights.
+    bfloat16 a single token may agree by chance, and no later one would be as close: the mean of two short completions
+    stays within a factor of a few from one set of weights to the next.
 
     Args:
         vocabulary: ids below this one make the prompt.
@@ -53,7 +53,7 @@ class Probe:
 
     SAMPLES, TOKENS = 2, 8
     BLOCK, BLOCKS = 32, 4
-    """The prompt is up to so many blocks of tokens and one more; engines cache blocks of 16, 32 or 128."""
+    """The prompt is up to this many blocks of tokens and one more; engines cache blocks of 16, 32 or 128."""
     AT_FIRST, LEAST = 0.5, 1e-4
     """Allowed of the mean |log-prob difference|: at first, and always."""
 

@@ -1,4 +1,4 @@
-"""Prompts -> completions -> rewards, by turns where an environment answers. Every rank samples its share."""
+"""Prompts -> completions -> rewards, in turns where an environment answers. Every rank samples its share."""
 
 import hashlib
 import time
@@ -16,7 +16,7 @@ from aspo_lightning.rollouts.settings import Sampling
 from aspo_lightning.types import CompletionRecord, Known, Prompt, Rollout, RolloutGroup
 
 SCORED_AT_ONCE = 64
-"""Completions; what is scored goes to the journal in such portions."""
+"""Completions; what is scored goes to the journal in portions of this size."""
 
 
 def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int = 0) -> int:
@@ -69,7 +69,7 @@ class _Episode:
 class Sampler:
     """Samples groups and has them scored; each rank its share, the result gathered on all of them.
 
-    Where several ranks share an engine they all sample its share, and the first of them has it scored.
+    Where several ranks share an engine, they all sample its share, and the first of them has it scored.
 
     Args:
         engine: what samples.
@@ -103,12 +103,12 @@ class Sampler:
         """A group for each prompt.
 
         Args:
-            prompts: in whatever number.
+            prompts: any number.
             sampling: how.
             epoch: of the seeds.
             description: of the progress bar.
             vote: also asks what each completion answers, by the ``answer`` of its first reward.
-            journal: what it knows isn't done again, and it learns what is done. Its rollouts have no log-probs.
+            journal: what it knows isn't done again, and what is done is added to it. Its rollouts have no log-probs.
 
         Returns:
             The groups in the order of the prompts, and the seconds of generation and reward (of the slowest rank).
@@ -235,7 +235,7 @@ def _keep(episode: _Episode, journal: Journal | None) -> None:
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """A turn's text as it is judged: where the chat template opens thinking (R1-Distill), that is part of it."""
+    """A turn's text as it is judged: where the chat template opens the thinking (R1-Distill), that is part of it."""
     opened = _decode(tokenizer, before[-16:]).rstrip().endswith("<think>")  # the last tokens, white space included
     return ("<think>" if opened else "") + _decode(tokenizer, ids)
 

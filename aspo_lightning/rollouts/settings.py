@@ -1,4 +1,4 @@
-"""The settings of rollouts, ``data.*`` on the command line: each is documented and checked where it stands.
+"""The settings of rollouts, ``data.*`` on the command line: each is documented and checked where it is defined.
 
 A new one takes two edits: its field here, and the code that reads it. ``INCIDENTAL`` marks those that change no number.
 """
@@ -23,7 +23,7 @@ class Sampling(NamedTuple):
 
     group_size: int
     max_tokens: int
-    """Of a completion; of all its turns and their replies together."""
+    """The most tokens of a completion, all its turns and their replies together."""
     temperature: float
     top_p: float
     seed: int
@@ -45,7 +45,7 @@ class Sampling(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A part of the settings. What joins several checks each of them, and itself last."""
+    """A part of the settings. A class that joins several checks each of them, and itself last."""
 
     def __post_init__(self) -> None:
         for part in reversed(type(self).__mro__):
@@ -87,16 +87,16 @@ class SamplingSettings(Settings):
     group_size: int = 16
     """Completions of each prompt, compared with each other."""
     max_prompt_length: int = 2048
-    """Tokens; longer prompts are dropped."""
+    """The most tokens of a prompt; longer ones are dropped."""
     max_completion_length: int = 8192
-    """Tokens; a longer completion is cut off there."""
+    """The most tokens of a completion; a longer one is cut off there."""
     temperature: float = 1.0
-    """Of sampling; the trainer divides its logits by the same."""
+    """Temperature of sampling; the trainer divides its logits by the same."""
     top_p: float = 1.0
-    """Nucleus of sampling. Below 1 there is no mismatch correction: the engine's log-probs are then of the nucleus, the
-    trainer's of all tokens."""
+    """Nucleus (top-p) of sampling. Below 1 there is no mismatch correction: the engine's log-probs are then of the
+    nucleus, the trainer's of all tokens."""
     seed: int = 0
-    """Of prompts and sampling (set by ``seed_everything`` on the command line)."""
+    """Seed of prompts and sampling (set by ``seed_everything`` on the command line)."""
 
     @property
     def sampling(self) -> Sampling:
@@ -160,7 +160,7 @@ class MismatchSettings(Settings):
     mismatch_bounds: tuple[float, float] = (0.5, 2.0)
     """That ratio's bounds."""
     probe_factor: Annotated[float | None, INCIDENTAL] = 20.0
-    """How much further engine and trainer may get apart, on a probe after each sync, than they are at first. None: no
+    """How much further apart engine and trainer may get, on a probe after each sync, than they are at first. None: no
     probe."""
 
     def check(self) -> None:
@@ -177,11 +177,11 @@ class EvaluationSettings(Settings):
     eval_group_size: Annotated[int | dict[str, int], INCIDENTAL] = 1
     """Completions of each held-out prompt: k of avg@k; a number, or one for each task of ``val``."""
     eval_k: Annotated[list[int] | None, INCIDENTAL] = None
-    """Further k, up to that number, to give pass@k and maj@k for."""
+    """Further k, up to that number, to report pass@k and maj@k for."""
     eval_temperature: Annotated[float, INCIDENTAL] = 0.8
-    """Of sampling in evaluations; 0 is greedy."""
+    """Temperature of sampling in evaluations; 0 is greedy."""
     eval_top_p: Annotated[float, INCIDENTAL] = 1.0
-    """Nucleus of sampling in evaluations."""
+    """Nucleus (top-p) of sampling in evaluations."""
     eval_max_completion_length: Annotated[int | None, INCIDENTAL] = None
     """Tokens in evaluations. None: max_completion_length."""
 

@@ -1,4 +1,4 @@
-"""From a task reward to an advantage, and which groups tell something."""
+"""From a task reward to an advantage, and which groups are informative."""
 
 import math
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def task_reward(rollout: Rollout, settings: RewardSettings) -> float:
 
 
 def has_task_spread(group: RolloutGroup, settings: RewardSettings) -> bool:
-    """Whether its completions differ in task reward, before the overlong penalty. Without that it tells nothing."""
+    """Whether its completions differ in task reward, before the overlong penalty. Without that it teaches nothing."""
     return has_spread([task_reward(r, settings) for r in group.rollouts])
 
 

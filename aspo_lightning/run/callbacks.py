@@ -136,7 +136,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluated = trainer.global_step > 0  # saved when the epoch has ended; other epochs have no new score
+        self._evaluated = trainer.global_step > 0  # saved once the epoch has ended; other epochs have no new score
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._evaluated:

@@ -69,7 +69,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_whole(path: Path) -> None:
-    """Checks a checkpoint (a file, or the folder of a sharded one) for damage, as far as can be told.
+    """Checks a checkpoint (a file, or the folder of a sharded one) for damage, as far as it can be seen.
 
     Raises:
         ConfigError: if it doesn't exist.
@@ -100,7 +100,7 @@ def check_whole(path: Path) -> None:
 def load(path: Path, *, map_location: Device = "cpu", mmap: bool = False) -> State:
     """What a file holds, if that is tensors and plain data: a checkpoint from a stranger can't run code.
 
-    On the CPU unless ``map_location`` says otherwise, also where a GPU wrote it: all ranks of a machine read it.
+    On the CPU unless ``map_location`` says otherwise, even where a GPU wrote it: all ranks of a machine read it.
 
     Raises:
         ConfigError: if it holds something else.
@@ -125,7 +125,7 @@ TRAINED_AS = ("model_name_or_path", "lora_rank", "lora_alpha")
 
 
 def metadata(checkpoint: Path) -> State:
-    """What isn't sharded in a checkpoint of ``aspo fit``; of one that isn't sharded all of it, not read from the disk.
+    """What isn't sharded in a checkpoint of ``aspo fit``; all of one that isn't sharded, not read from the disk.
 
     Raises:
         ConfigError: if it isn't one.
@@ -154,7 +154,7 @@ def trained_steps(checkpoint: Path) -> int:
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Raises ConfigError for a checkpoint that isn't of ``aspo fit``, or holds weights alone."""
+    """Raises ConfigError for a checkpoint that isn't from ``aspo fit``, or holds weights alone."""
     if "optimizer_states" not in metadata(checkpoint) and not checkpoint.is_dir():
         raise ConfigError(
             f"{checkpoint} holds weights alone, and no optimizer state: it can be evaluated and exported. Resume from "

@@ -25,7 +25,7 @@ def digest_path(path: Path) -> Path:
 
 
 def not_written(path: Path, error: BaseException) -> RunError:
-    """What to say of a checkpoint that couldn't be written."""
+    """What to say about a checkpoint that couldn't be written."""
     folder = next(parent for parent in path.parents if parent.exists())
     full = shutil.disk_usage(folder).free < 1 << 20
     reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]

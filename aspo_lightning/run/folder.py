@@ -31,11 +31,11 @@ class RunFolder:
         self.best = path / "best"
 
     def evaluation(self, step: int, again: int = 0) -> Path:
-        """Of an evaluation in training; ``again`` counts those of the same step that were other ones."""
+        """Where an evaluation in training is; ``again`` counts different ones of the same step."""
         return self.path / "eval" / (f"step_{step:06d}" + (f".{again}" if again else ""))
 
     def not_finite(self, step: int, rank: int) -> Path:
-        """Of the micro-batches whose loss or gradient wasn't finite."""
+        """Where the micro-batches are whose loss or gradient wasn't finite."""
         return self.path / f"not_finite_step_{step}_rank_{rank}.pt"
 
     def starts(self) -> int:
@@ -121,7 +121,7 @@ class RunFolder:
 
 
 def _steps(checkpoint: Path) -> float:
-    """As the checkpoint says itself: clocks jump, and names are anybody's. What can't be read is looked at first."""
+    """As the checkpoint itself says: clocks jump, and names can be anything. What can't be read is looked at first."""
     try:
         return trained_steps(checkpoint)
     except AspoError:
@@ -205,6 +205,6 @@ class RunRecord(Callback):
 
 
 def run_folder(trainer: Trainer) -> RunFolder | None:
-    """Of the run that a Trainer carries, where one is kept."""
+    """The folder of a Trainer's run, where one is kept."""
     record = callback_of(trainer, RunRecord)
     return record.folder if record else None

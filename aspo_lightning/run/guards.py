@@ -1,4 +1,4 @@
-"""Guards: what ends a run that has gone wrong, or warns of it. All are on; each looks at one thing.
+"""Guards: what ends a run that has gone wrong, or warns about it. All are on; each looks at one thing.
 
 A run that a guard ends has lost nothing but what came after its last checkpoint, by default the phase in the making.
 """
@@ -31,7 +31,7 @@ class NonFiniteGuard(Callback):
     from is kept in the run's folder. Weights that aren't finite end a run before a checkpoint has them.
 
     Args:
-        patience: so many steps in a row.
+        patience: this many steps in a row.
     """
 
     def __init__(self, patience: int = 3) -> None:

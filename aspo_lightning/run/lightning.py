@@ -61,7 +61,7 @@ def next_epoch(trainer: Trainer) -> int:
 
 
 def accumulate(trainer: Trainer, micro_batches: int) -> None:
-    """Has each optimizer step take so many micro-batches, as Lightning's GradientAccumulationScheduler does."""
+    """Has each optimizer step take this many micro-batches, as Lightning's GradientAccumulationScheduler does."""
     trainer.accumulate_grad_batches = micro_batches
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """The most bytes that this process (trainer and engine) ever held. A reward process has some 10^8 on top.
+    """The most bytes that this process (trainer and engine) ever held. A reward process adds some 10^8.
 
-    On Linux not by getrusage: what that tells a process is the peak of the one that started it, where that was higher.
+    On Linux not from getrusage: that reports the peak of the process that started this one, where that was higher.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -9,7 +9,7 @@ PACKAGES = ("aspo_lightning", "lightning", "torch", "transformers", "vllm", "vll
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what the numbers come from, as far as it is installed."""
+    """Versions of Python and of the packages that the numbers come from, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

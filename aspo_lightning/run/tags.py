@@ -28,7 +28,7 @@ TAGS = {
     "time/score_s": "seconds of old and reference log-probs",
     "time/update_s": "seconds of the optimizer steps",
 }
-"""Of each epoch. Those over tokens are missing for an epoch in which no group was trained on."""
+"""Of each epoch. Averages over tokens are missing for an epoch in which no group was trained on."""
 
 EVALUATION = {
     "avg@<k>": "share of the k completions of each problem that solve it",

@@ -16,7 +16,7 @@ Rewards = str | dict[str, float]
 """Import path of ``reward(completion: str, row: dict) -> float``, or several with their weights."""
 
 
-@dataclass(kw_only=True, eq=False, repr=False)  # a mixture is one without these settings
+@dataclass(kw_only=True, eq=False, repr=False)  # a mixture is a task without these settings
 class Task(ABC):
     """A source of problems, each with what its reward needs."""
 
@@ -103,7 +103,7 @@ class Task(ABC):
         )
 
     def _reply_frame(self, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[str, str]:
-        """What stands between a finished turn and the environment's reply, and between that and the next turn."""
+        """What comes between a finished turn and the environment's reply, and between that and the next turn."""
         if not chat:
             return "\n", "\n"
         turn, reply = "\ue000", "\ue001"  # private-use characters: in no template
@@ -123,7 +123,7 @@ def training_prompts(prompts: Sequence[Prompt], evaluations: Iterable[Sequence[P
 
 
 def without_long(prompts: Sequence[Prompt], most: int, task: str) -> list[Prompt]:
-    """The prompts of at most so many tokens. Raises ConfigError, which names the task, if there are none."""
+    """The prompts of at most this many tokens. Raises ConfigError, which names the task, if there are none."""
     short = [p for p in prompts if len(p.prompt_ids) <= most]
     log_dropped(len(prompts), len(short), f"over {most} tokens")
     if not short:

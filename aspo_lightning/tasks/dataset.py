@@ -35,9 +35,9 @@ class Dataset(Task):
     level: str | None = None
     """Column of a whole number, the row's difficulty for a curriculum of levels."""
     subset: str | None = None
-    """Of a dataset on the hub."""
+    """Subset of a dataset on the hub."""
     split: str = "train"
-    """Of a saved dataset or one on the hub."""
+    """Split of a saved dataset or one on the hub."""
     template: str = "{question}"
     """What the model is asked; ``{question}`` stands for the problem's text."""
     between: dict[str, tuple[Any, Any]] | None = None
@@ -182,7 +182,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _option_index(answer: object) -> int | None:
-    """Of a letter, or of a number (numbers in text count from 1, as letters do)."""
+    """The index that a letter or a number stands for (numbers in text count from 1, as letters do)."""
     if isinstance(answer, int):
         return answer
     text = str(answer).strip().upper()

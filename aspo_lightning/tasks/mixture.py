@@ -12,10 +12,10 @@ from aspo_lightning.types import Prompt, Row
 
 
 class Mixture(Task):
-    """Several tasks together. A prompt that several of them have is the first one's.
+    """Several tasks together. A prompt that several of them have is taken from the first.
 
     Args:
-        tasks: by a name that goes before their ids.
+        tasks: by name, which goes before their ids.
         weights: how often a pass through the mixture goes through a task: 2 takes each of its problems twice, 0.5 a
             random half of them. A task that isn't named has 1.
         seed: of those random parts.
