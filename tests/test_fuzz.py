@@ -19,7 +19,7 @@ from aspo_lightning import ASPOModule, RolloutDataModule
 from aspo_lightning.cli.export import export
 from aspo_lightning.cli.parser import Parser
 from aspo_lightning.cli.report import read_result
-from aspo_lightning.errors import ConfigError
+from aspo_lightning.errors import AspoError
 from aspo_lightning.evaluation.results import check_folder, read_known
 from aspo_lightning.rewards import RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import RolloutSettings
@@ -47,7 +47,7 @@ def cases(count, seconds=10):
     return settings(max_examples=count, deadline=1000 * seconds, suppress_health_check=list(HealthCheck), database=None)
 
 
-def clear(error: ConfigError) -> None:
+def clear(error: AspoError) -> None:
     assert len(str(error)) > 20
     assert "Traceback" not in str(error)
 
@@ -74,7 +74,7 @@ def test_a_config_works_or_is_refused(parser, tiny_model, tmp_path_factory, sect
     config[section][key] = value = draw.draw(VALUES)
     try:
         made = parser.instantiate(parser.parse_object(copy.deepcopy(config)))
-    except ConfigError as error:
+    except AspoError as error:
         clear(error)
         return
     # What was taken is what was said, and no number that can't be computed with.
@@ -104,7 +104,7 @@ def test_a_task_file_is_read_or_refused(tmp_path_factory, content, kind, options
     for task in (Dataset(str(file), **options), MultipleChoice(str(file), options="x", answer="answer")):
         try:
             rows = list(task.rows())
-        except ConfigError as error:
+        except AspoError as error:
             clear(error)
             continue
         assert rows
@@ -190,7 +190,7 @@ def test_any_checkpoint_is_used_or_refused(tmp_path_factory, rest, cut):
         digest_path(path).unlink()
     before = path.read_bytes()
     for use in (trained_from, lambda p: export(p, folder / "out")):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(AspoError) as error:
             use(path)
         clear(error.value)
     assert path.read_bytes() == before
@@ -211,7 +211,7 @@ def test_any_result_is_read_or_refused(tmp_path_factory, content, name):
     for use in (read_result, lambda f: check_folder(f, {"seed": 0})):
         try:
             use(folder)
-        except ConfigError as error:
+        except AspoError as error:
             clear(error)
     assert file.read_bytes() == content
     assert read_known(folder) == {} or all(len(key) == 3 for key in read_known(folder))

@@ -69,7 +69,10 @@ def daemon(row):
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            Path(row["file"]).write_text(str(os.getpid()))
+            name = Path(row["file"])
+            written = name.with_suffix(f".{os.getpid()}")
+            written.write_text(str(os.getpid()))
+            written.replace(name)  # never empty: a call that crashes is made once more
             while True:
                 time.sleep(1)
         os._exit(0)
