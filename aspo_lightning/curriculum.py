@@ -92,7 +92,7 @@ class PassRate(Curriculum):
     def __init__(self, smoothing: float = 0.5, floor: float = 0.1) -> None:
         for name, value in (("smoothing", smoothing), ("floor", floor)):
             if not 0 < value <= 1:
-                raise ConfigError(f"PassRate.{name} is {value}; allowed are numbers above 0, up to 1.")
+                raise ConfigError(f"PassRate.{name} is {value}; it must be above 0 and at most 1.")
         self.smoothing, self.floor = smoothing, floor
         self.rates: dict[str, float] = {}
 
@@ -134,7 +134,7 @@ class RisingLevels(Curriculum):
 
     def __init__(self, threshold: float = 0.7) -> None:
         if not 0 < threshold <= 1:
-            raise ConfigError(f"RisingLevels.threshold is {threshold}; allowed are numbers above 0, up to 1.")
+            raise ConfigError(f"RisingLevels.threshold is {threshold}; it must be above 0 and at most 1.")
         self.threshold = threshold
         self.level = 0  # index into the sorted levels
         self._drawn = 0  # the level that the phase was drawn from

@@ -77,7 +77,7 @@ class ASPOModule(LightningModule):
         if not 0 <= kl_coef < math.inf:
             raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
         if not math.isfinite(entropy_coef):
-            raise ConfigError(f"model.entropy_coef is {entropy_coef}; it is a finite number (0 is no bonus).")
+            raise ConfigError(f"model.entropy_coef is {entropy_coef}; it must be a finite number (0: no bonus).")
         self.model_name_or_path = resolve_model(model_name_or_path)
         self.objective = objective
         self.temperature = temperature
@@ -103,8 +103,8 @@ class ASPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         if self.trainer.precision not in PRECISIONS:
             raise ConfigError(
-                f"trainer.precision is {self.trainer.precision}; allowed are {', '.join(PRECISIONS)}. The weights "
-                "themselves are kept in model.dtype."
+                f"trainer.precision is {self.trainer.precision}; it must be one of {', '.join(PRECISIONS)}. The "
+                "weights themselves are kept in model.dtype."
             )
 
     def configure_model(self) -> None:

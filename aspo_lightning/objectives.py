@@ -5,7 +5,7 @@ By Proposition 4.1 of the ASPO paper (arXiv 2510.06062) the gradient of every ob
     loss = - sum_t  loss_weight_t * w_t * A_t * log pi(token_t)            (w_t detached)
 
 so an objective only says how the weights ``w_t`` follow from the ratio ``r_t = pi / pi_old`` and the advantage ``A_t``.
-How tokens are averaged is not its concern: that is in ``loss_weight_t`` (see ``batching.py``).
+How tokens are averaged is not its concern: that is in ``loss_weight_t`` (see ``rollouts/packing.py``).
 
 To add one: subclass ``Objective`` (or ``TokenMask``), return ``TokenWeights``, and test it. Nothing else changes.
 
@@ -76,7 +76,9 @@ class TokenMask(Objective):
     def __post_init__(self) -> None:
         _check_clip_range(self, "clip_eps_low", "clip_eps_high", "high_entropy_clip_eps")
         if not 0 <= self.entropy_quantile <= 1:
-            raise ConfigError(f"{type(self).__name__}.entropy_quantile is {self.entropy_quantile}; allowed are 0 to 1.")
+            raise ConfigError(
+                f"{type(self).__name__}.entropy_quantile is {self.entropy_quantile}; it must be from 0 to 1."
+            )
 
     def keep(
         self, ratio: Tensor, advantages: Tensor, *, sequence_index: Tensor, token_entropy: Tensor | None
@@ -242,7 +244,7 @@ def policy_loss(
         logprobs: [N] of the policy, with gradient.
         old_logprobs: [N] of the policy before the phase's first update.
         advantages: [N].
-        loss_weights: [N] the averaging rule (``batching.loss_weights``).
+        loss_weights: [N] the averaging rule (``rollouts.packing.loss_weights``).
         sequence_index: [N] which response a token is of.
         token_entropy: [N] nats, for adaptive clip ranges.
 

@@ -98,7 +98,7 @@ def main(
         held_out: JSONL files with a column ``question``; what is a duplicate of theirs goes.
     """
     if not 0 < near <= 1:
-        raise ConfigError(f"near is {near}; allowed are numbers above 0, up to 1.")
+        raise ConfigError(f"near is {near}; it must be above 0 and at most 1.")
     settings = {key: str(value) for key, value in locals().items() if key != "out"}
     task = Dataset(source, question, answer, id, subset=subset, split=split)
     tokenizer = load_tokenizer(model) if model else None

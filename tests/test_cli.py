@@ -225,7 +225,7 @@ BAD_INPUT = {
     "unwritable": (["--trainer.default_root_dir", "/proc/none"], "/proc/none can't be written to"),
     "nothing to resume": (["--trainer.default_root_dir", "/tmp/none", "--ckpt_path", "last"], "no run below"),
     "checkpoints in an epoch": (["--checkpoint.every_n_train_steps", "1"], "Set checkpoint.every_n_epochs"),
-    "half precision": (["--trainer.precision", "bf16-true"], "allowed are 32-true, bf16-mixed"),
+    "half precision": (["--trainer.precision", "bf16-true"], "it must be one of 32-true, bf16-mixed"),
     "FSDP 1": (["--trainer.strategy", "fsdp"], "trainer.strategy is fsdp: use fsdp2"),
     "wrong type": (["--trainer.max_epochs", "many"], "many"),
 }

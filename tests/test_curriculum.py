@@ -161,7 +161,7 @@ def test_further_draws_depend_on_seed_epoch_and_attempt_alone(curriculum):
 def test_the_ends_of_the_settings():
     assert (PassRate(smoothing=1, floor=1).smoothing, RisingLevels(threshold=1).threshold) == (1, 1)
     for make in (lambda: PassRate(smoothing=1.5), lambda: PassRate(floor=1.5), lambda: RisingLevels(threshold=1.5)):
-        with pytest.raises(ConfigError, match="is 1.5; allowed are numbers above 0, up to 1"):
+        with pytest.raises(ConfigError, match="is 1.5; it must be above 0 and at most 1"):
             make()
     assert (PassRate().smoothing, PassRate().floor, RisingLevels().threshold) == (0.5, 0.1, 0.7)
 

@@ -106,7 +106,7 @@ def test_other_results_are_not_touched(tmp_path):
         Results(tmp_path / "a", other)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="holds something that is no evaluation"):
+    with pytest.raises(ConfigError, match="holds something other than an evaluation"):
         Results(tmp_path / "b", SETTINGS)
     with pytest.raises(ConfigError, match="is a file"):
         Results(tmp_path / "b" / "thesis.tex", SETTINGS)
@@ -237,7 +237,7 @@ def test_two_ranks_give_the_same_files_as_one(trained, tested, settings, request
             ["--out", "TESTED", "--seed_everything", "7"],
             "holds results of another evaluation: seed is 0 there and 7 here",
         ),
-        (["--out", "MODEL"], "holds something that is no evaluation"),
+        (["--out", "MODEL"], "holds something other than an evaluation"),
         (["--model", "TORN"], "is damaged"),
         (["--best.monitor", "eval/other/avg@4"], "best.monitor is 'eval/other/avg@4'; known are eval/sums/avg@4"),
     ],

@@ -79,11 +79,11 @@ def test_what_is_no_result_is_told(tmp_path):
     with pytest.raises(ConfigError, match="isn't finished. Run it again"):
         report.main([str(tmp_path / "going_on")])
     (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="x.json is no result of `aspo test`"):
+    with pytest.raises(ConfigError, match="x.json isn't a result of `aspo test`"):
         report.main([result, str(tmp_path / "x.json")])
     older = tmp_path / "older.json"
     older.write_text((tmp_path / "a" / "result.json").read_text().replace('"solved"', '"rewards"'))
-    with pytest.raises(ConfigError, match="older.json is no result of `aspo test`"):
+    with pytest.raises(ConfigError, match="older.json isn't a result of `aspo test`"):
         report.main([result, str(older)])
     with pytest.raises(ConfigError, match="is an evaluation and .* is not"):
         report.main([result, str(tmp_path)])

@@ -141,7 +141,7 @@ CHANGES = {
 def test_what_would_compute_something_else_is_told(runs, name):
     arguments, message = CHANGES[name]
     assert runs.fit("undisturbed", "--ckpt_path", "last", *arguments) == 1
-    assert "would be resumed as another one" in runs.text("undisturbed")
+    assert "would be resumed with other settings" in runs.text("undisturbed")
     assert message in runs.text("undisturbed")
 
 

@@ -214,7 +214,7 @@ def test_servers_that_cannot_serve_the_run_are_told_before_it_starts(runs, serve
     urls = ["--data.engine.class_path", "VLLMServers", "--data.engine.init_args.urls"]
     nobody = f"http://127.0.0.1:{free_port()}"
     assert f"The vLLM server at {nobody} doesn't answer" in refused(*urls, f"[{nobody}]")
-    assert "allowed are addresses like http://127.0.0.1:8001" in refused(*urls, "[localhost]")
+    assert "it must be an address like http://127.0.0.1:8001" in refused(*urls, "[localhost]")
     assert "VLLMServers.urls is empty" in refused(*urls, "[]")
     save_model(tmp_path, hidden_size=32)
     save_tokenizer(tmp_path)

@@ -269,7 +269,7 @@ def check_same_computation(run: RunFolder, config: Mapping[str, object]) -> None
     if before is not None and (changes := differences(computation(before), computation(config))):
         told = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
         raise ConfigError(
-            f"The run {run.path} would be resumed as another one: {told}. Set that back, or resume it all the same "
+            f"The run {run.path} would be resumed with other settings: {told}. Set that back, or resume it anyway "
             "with --allow_changes true."
         )
 

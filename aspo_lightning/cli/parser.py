@@ -44,7 +44,7 @@ class Parser(LightningArgumentParser):
             key, name = match.groups()
             known = ", ".join(sorted(subclass_names(SWAPPABLE[key])))
             message = (
-                f"{key} is {name!r}, which is no class of its kind. Known are {known}; any other by its import path."
+                f"{key} is {name!r}, which isn't a class of this kind. Known are {known}; any other by its import path."
             )
         raise ConfigError(message)
 

@@ -95,7 +95,7 @@ def read_result(path: Path) -> Result:
             f"{path} holds no {RESULT}: that evaluation isn't finished. Run it again to go on."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file} is no result of `aspo test`.") from error
+        raise ConfigError(f"{file} isn't a result of `aspo test`.") from error
     return result
 
 

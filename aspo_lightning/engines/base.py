@@ -52,7 +52,10 @@ def kv_bytes(config: PreTrainedConfig, itemsize: int, split: int = 1) -> float:
 
 
 class Engine(ABC):
-    """Samples completions. Made cheaply from its settings; the model is loaded by ``start``."""
+    """Samples completions. Made cheaply from its settings; the model is loaded by ``start``.
+
+    One of your own is a subclass with the abstract methods; ``data.engine`` takes its import path.
+    """
 
     tensor_parallel_size: int = 1
     """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""

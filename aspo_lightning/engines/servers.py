@@ -51,7 +51,7 @@ class VLLMServers(Engine):
             raise ConfigError("VLLMServers.urls is empty. Give the servers' addresses, like http://127.0.0.1:8001.")
         for url in self.urls:
             if not urlsplit(url).hostname or not urlsplit(url).scheme.startswith("http"):
-                raise ConfigError(f"VLLMServers.urls has {url!r}; allowed are addresses like http://127.0.0.1:8001.")
+                raise ConfigError(f"VLLMServers.urls has {url!r}; it must be an address like http://127.0.0.1:8001.")
         headers()
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:

@@ -214,19 +214,19 @@ def check_folder(folder: Path, settings: Conditions) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is a file. Choose another folder for the results by --out.")
+        raise ConfigError(f"{folder} is a file. Choose another folder for the results with --out.")
     if not (folder / SETTINGS).is_file():
         if any(folder.iterdir()):
-            raise ConfigError(f"{folder} holds something that is no evaluation. Choose another place by --out.")
+            raise ConfigError(f"{folder} holds something other than an evaluation. Choose another place with --out.")
         return
     try:
         there = json.loads((folder / SETTINGS).read_text())
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{folder / SETTINGS} is damaged: {error}. Choose another folder by --out.") from error
+        raise RunError(f"{folder / SETTINGS} is damaged: {error}. Choose another folder with --out.") from error
     for key, (before, now) in differences(there, settings).items():
         raise ConfigError(
             f"{folder} holds results of another evaluation: {key} is {before!r} there and {now!r} here. Nothing was "
-            "touched; choose another folder by --out."
+            "touched; choose another folder with --out."
         )
 
 

@@ -32,7 +32,7 @@ def encode(value):
         return {kind: [encode(v) for v in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} isn't plain data")
 
 
 def decode(message):

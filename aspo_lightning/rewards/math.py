@@ -18,7 +18,7 @@ _LAYOUT = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox)\b|\\q?quad\b|\\[,;:!
 _LINK = re.compile(r"\s*(?:[,;]?\s*(?:and|or)?\s*(?:[^\s=]+\s*=)?|[^.,;:?!]*\b(?:and|or))\s*")
 _LONGEST_LINK = 70
 _LONGEST_ANSWER = 2_000
-"""Characters. A longer one is no answer, and could keep the parser busy; of unboxed text only that much is read."""
+"""Characters. A longer one isn't an answer, and could keep the parser busy; of unboxed text only that much is read."""
 
 
 class MathReward:

@@ -1,1 +1,1 @@
-"""One phase: from prompts and weights to scored micro-batches."""
+"""One phase, an epoch's rollouts: from prompts and weights to scored micro-batches. Start reading at ``loop.py``."""

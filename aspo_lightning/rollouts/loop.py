@@ -37,7 +37,7 @@ from aspo_lightning.types import MicroBatch, Phase, Prompt, RolloutGroup
 
 
 class Scorer(Protocol):
-    """What scores micro-batches: see ``ASPOModule``."""
+    """What scores micro-batches: ``ASPOModule.score``, in module.py."""
 
     def score(
         self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()

@@ -40,7 +40,7 @@ class Sampling(NamedTuple):
                 f"would be the same. Set {prefix}temperature above 0 (the paper samples at 1.0)."
             )
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"{prefix}top_p is {self.top_p}; allowed are numbers above 0, up to 1.")
+            raise ConfigError(f"{prefix}top_p is {self.top_p}; it must be above 0 and at most 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +250,8 @@ class RolloutSettings(
             )
         if not 0 <= self.overlong_buffer <= self.max_completion_length:
             raise ConfigError(
-                f"data.overlong_buffer is {self.overlong_buffer}; allowed are 0 (no penalty) to max_completion_length "
-                f"{self.max_completion_length}."
+                f"data.overlong_buffer is {self.overlong_buffer}; it must be from 0 (no penalty) to "
+                f"max_completion_length {self.max_completion_length}."
             )
 
 

@@ -96,7 +96,7 @@ class RatioCanary(Callback):
         if tolerance < mean < math.inf:  # what isn't finite is NonFiniteGuard's
             raise RunError(
                 f"The first ratios of a phase must be 1, but their mean |log ratio| in epoch {trainer.current_epoch} "
-                f"is {mean:.3g} (allowed: {tolerance:g}). The policy is trained as another one than it was scored as: "
+                f"is {mean:.3g} (allowed: {tolerance:g}). Training and scoring disagree about the policy: "
                 f"look for a temperature, a mask or a dropout that differs. {RESUME} when that is found."
             )
 
