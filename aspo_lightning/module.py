@@ -75,7 +75,7 @@ class ASPOModule(LightningModule):
                 "above 0 (the paper uses 1.0)."
             )
         if not 0 <= kl_coef < math.inf:
-            raise ConfigError(f"model.kl_coef is {kl_coef}; it is >= 0 (the paper uses 0.001).")
+            raise ConfigError(f"model.kl_coef is {kl_coef}; it must be finite and at least 0 (the paper uses 0.001).")
         if not math.isfinite(entropy_coef):
             raise ConfigError(f"model.entropy_coef is {entropy_coef}; it must be a finite number (0: no bonus).")
         self.model_name_or_path = resolve_model(model_name_or_path)

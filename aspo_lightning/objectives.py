@@ -337,9 +337,9 @@ def _check_clip_range(objective: TokenMask | CISPO, *keys: str) -> None:
     for key in keys:
         value = getattr(objective, key)
         if value is not None and not value >= 0:
-            raise ConfigError(f"{name}.{key} is {value}; a clip range is >= 0 (the paper uses 0.2).")
+            raise ConfigError(f"{name}.{key} is {value}; a clip range must be at least 0 (the paper uses 0.2).")
     if objective.clip_eps_low > 1:
-        raise ConfigError(f"{name}.clip_eps_low is {objective.clip_eps_low}; it is at most 1, since a ratio is > 0.")
+        raise ConfigError(f"{name}.clip_eps_low is {objective.clip_eps_low}; it must be at most 1: a ratio is above 0.")
 
 
 def _check_dual_clip(objective: ASPO | GRPO) -> None:

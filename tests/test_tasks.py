@@ -164,6 +164,8 @@ def test_mixtures_go_through_their_tasks_by_weight(tokenizer, tmp_path):
         Mixture({"one": one}, {"three": 1})
     with pytest.raises(ConfigError, match=r"weights.one is -1"):
         Mixture({"one": one}, {"one": -1})
+    with pytest.raises(ConfigError, match=r"weights.one is inf; it must be finite"):
+        Mixture({"one": one}, {"one": float("inf")})
 
 
 def dropped(caplog):

@@ -28,11 +28,13 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lora_alpha < math.inf:
-            raise ConfigError(f"model.lora_alpha is {self.lora_alpha}; it is >= 0.")
+            raise ConfigError(f"model.lora_alpha is {self.lora_alpha}; it must be finite and at least 0.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ConfigError(f"model.chunk_size is {self.chunk_size}; it must be at least 1.")
         if self.lora_rank < 0:
-            raise ConfigError(f"model.lora_rank is {self.lora_rank}; it is >= 0 (0 trains the weights themselves).")
+            raise ConfigError(
+                f"model.lora_rank is {self.lora_rank}; it must be at least 0 (0 trains the weights themselves)."
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -33,7 +33,9 @@ class Sampling(NamedTuple):
         if self.group_size < 1:
             raise ConfigError(f"{size_name} is {self.group_size}; it must be at least 1.")
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"{prefix}temperature is {self.temperature}; it is >= 0 (0 is greedy).")
+            raise ConfigError(
+                f"{prefix}temperature is {self.temperature}; it must be finite and at least 0 (0: greedy)."
+            )
         if self.temperature == 0 and self.group_size > 1:
             raise ConfigError(
                 f"{prefix}temperature is 0 (greedy) with {size_name} {self.group_size}: all completions of a group "
@@ -167,7 +169,9 @@ class MismatchSettings(Settings):
         if not 0 <= self.mismatch_bounds[0] <= 1 <= self.mismatch_bounds[1]:
             raise ConfigError(f"data.mismatch_bounds are {self.mismatch_bounds}; they must enclose 1, like 0.5 and 2.")
         if self.probe_factor is not None and not 1 <= self.probe_factor < math.inf:
-            raise ConfigError(f"data.probe_factor is {self.probe_factor}; it is at least 1, or null for no probe.")
+            raise ConfigError(
+                f"data.probe_factor is {self.probe_factor}; it must be finite and at least 1, or null (no probe)."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

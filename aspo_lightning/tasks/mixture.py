@@ -27,7 +27,7 @@ class Mixture(Task):
             raise ConfigError(f"Mixture.weights names {sorted(unknown)}, but the tasks are {sorted(tasks)}.")
         for name, weight in self.weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
-                raise ConfigError(f"Mixture.weights.{name} is {weight}; it must be 0 or more.")
+                raise ConfigError(f"Mixture.weights.{name} is {weight}; it must be finite and at least 0.")
 
     def rows(self) -> Iterator[tuple[str, str, Row]]:
         for name, task in self.tasks.items():
