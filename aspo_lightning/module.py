@@ -136,6 +136,11 @@ class ASPOModule(LightningModule):
         if self.reference is not None and not isinstance(self.reference, FSDPModule):
             self.reference.to(self.device)
 
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for its completions in a micro-batch, see ``ScoredCausalLM.packs``."""
+        assert self.policy is not None
+        return self.policy.packs
+
     def score(
         self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
     ) -> list[tuple[Tensor, Tensor]]:

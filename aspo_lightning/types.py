@@ -137,16 +137,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A packed row of T tokens with N response tokens; all fields from ``response_index`` on are flat over these N."""
+    """A packed row of T tokens with N response tokens; all fields from ``response_index`` on are flat over these N.
+
+    A prompt stands in it once, and the completions that share it follow. Each of them sees the prompt and itself.
+    """
 
     input_ids: Tensor
-    """[T]; sequences one after the other, each without its last token (nothing is predicted from it)."""
+    """[T]; each completion without its last token, from which nothing is predicted."""
     position_ids: Tensor
-    """[T]; restarts at 0 with each sequence."""
-    row_lengths: tuple[int, ...]
-    """Tokens of each sequence in the row; T together."""
+    """[T]; from 0 with each prompt; each of its completions continues from the prompt's end."""
+    row_lengths: tuple[tuple[int, ...], ...]
+    """Of each prompt in the row: its tokens, then those of each completion; T together."""
     response_index: Tensor
-    """[N]; where in the row the token before each response token is: its hidden state predicts it."""
+    """[N]; where in the row the token before each response token is: its hidden state predicts it. The first tokens of
+    completions that share a prompt have the same one, the prompt's end."""
     targets: Tensor
     """[N]; the response tokens."""
     sequence_index: Tensor
@@ -173,29 +177,37 @@ class MicroBatch:
     ) -> "MicroBatch":
         """Packs (prompt_ids, completion_ids) pairs; ``advantages`` and ``loss_weights`` are per sequence.
 
-        Completion tokens that weren't ``sampled`` are context like the prompt: they are in the row and not among the N.
+        Neighbours with the same prompt share it. Completion tokens that weren't ``sampled`` are context like the
+        prompt: they are in the row and not among the N.
 
         No sequences make a row of one token without response tokens, so that a rank with nothing to do can still take
         part in a collective forward pass. Prompts must not be empty.
         """
         input_ids: list[int] = []
         position_ids: list[int] = []
-        row_lengths: list[int] = []
+        row_lengths: list[list[int]] = []
         response_index: list[int] = []
         targets: list[int] = []
         generated: list[float] = []
         lengths: list[int] = []
+        shared: Sequence[int] | None = None
         for i, (prompt_ids, completion_ids) in enumerate(sequences):
             if not prompt_ids:
                 raise ValueError("a prompt needs at least one token: the first response token is predicted from it")
-            ids = [*prompt_ids, *completion_ids][:-1] if completion_ids else list(prompt_ids)
-            first = len(input_ids) + len(prompt_ids) - 1
+            if prompt_ids != shared:
+                shared = prompt_ids
+                input_ids += prompt_ids
+                position_ids += range(len(prompt_ids))
+                row_lengths.append([len(prompt_ids)])
+                end = len(input_ids) - 1
+            first = len(input_ids)
+            own = completion_ids[:-1]
+            input_ids += own
+            position_ids += range(len(prompt_ids), len(prompt_ids) + len(own))
+            row_lengths[-1].append(len(own))
             mask = sampled[i] if sampled else None
             trained = [t for t in range(len(completion_ids)) if mask is None or mask[t]]
-            input_ids += ids
-            position_ids += range(len(ids))
-            row_lengths.append(len(ids))
-            response_index += [first + t for t in trained]
+            response_index += [first + t - 1 if t else end for t in trained]
             targets += [completion_ids[t] for t in trained]
             generated += [generator_logprobs[i][t] if generator_logprobs else 0.0 for t in trained]
             lengths.append(len(trained))
@@ -209,7 +221,7 @@ class MicroBatch:
         return MicroBatch(
             input_ids=torch.tensor(input_ids or [0]),
             position_ids=torch.tensor(position_ids or [0]),
-            row_lengths=tuple(row_lengths or [1]),
+            row_lengths=tuple(map(tuple, row_lengths)) or ((1,),),
             response_index=torch.tensor(response_index, dtype=torch.long),
             targets=torch.tensor(targets, dtype=torch.long),
             sequence_index=torch.arange(len(lengths)).repeat_interleave(repeats),

@@ -52,7 +52,8 @@ def update(model: ScoredCausalLM, batches: list[MicroBatch], packs: bool) -> Non
 
 def bench(name: str, model: ScoredCausalLM, lengths: Lengths, budget: int, repeats: int) -> None:
     totals = [p + c for p, c in lengths]
-    plan = plan_phase([totals], optimizer_steps=1, token_budget=budget)
+    alone = [(p, [c]) for p, c in lengths]  # groups of one: what packing gives, without shared prompts
+    plan = plan_phase(alone, optimizer_steps=1, token_budget=budget)
     packed = [micro_batch([lengths[i] for i in bin], padded=False) for bin in plan.steps[0][0]]
     # Padded in order of arrival: as many sequences a batch as the budget holds at the longest length of the batch.
     batches: list[list[int]] = [[]]
@@ -73,7 +74,7 @@ def bench(name: str, model: ScoredCausalLM, lengths: Lengths, budget: int, repea
         f"{statistics.median(ratios) / ceiling:.0%} of it"
     )
     for world_size in (2, 8):
-        plan = plan_phase([totals], optimizer_steps=1, world_size=world_size, token_budget=budget)
+        plan = plan_phase(alone, optimizer_steps=1, world_size=world_size, token_budget=budget)
         loads = [sum(totals[i] for bin in rank for i in bin) for rank in plan.steps[0]]
         print(f"  {world_size} ranks: max / mean cost {max(loads) * world_size / sum(loads):.3f}")
 

@@ -19,85 +19,134 @@ from aspo_lightning.policy.attention import Packing, packed_attention
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.types import MicroBatch
+from tests.support.rows import visible
 
 ROOT = Path(__file__).parent.parent
 HEADS, KEY_HEADS, SIZE = 4, 2, 6
 
 
-def row(lengths, dtype=torch.float64, seed=0):
+def row(tokens, dtype=torch.float64, seed=0):
     """query, key and value of a packed row."""
     draw = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(sum(lengths), heads, SIZE, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+        torch.randn(tokens, heads, SIZE, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
 
 
-def by_hand(query, key, value, lengths, scale=None, window=None):
+def by_hand(query, key, value, seen, scale=None, window=None):
     scale = SIZE**-0.5 if scale is None else scale
-    outputs, start = [], 0
-    for length in lengths:
-        for t in range(start, start + length):
-            first = start if window is None else max(start, t + 1 - window)
-            for head in range(HEADS):
-                group = head * KEY_HEADS // HEADS
-                weights = (key[first : t + 1, group] @ query[t, head] * scale).softmax(0)
-                outputs.append(weights @ value[first : t + 1, group])
-        start += length
-    return torch.stack(outputs).view(sum(lengths), HEADS, SIZE)
+    outputs = []
+    for t, tokens in enumerate(seen):
+        tokens = tokens if window is None else tokens[-window:]
+        for head in range(HEADS):
+            group = head * KEY_HEADS // HEADS
+            weights = (key[tokens, group] @ query[t, head] * scale).softmax(0)
+            outputs.append(weights @ value[tokens, group])
+    return torch.stack(outputs).view(len(seen), HEADS, SIZE)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([None, 0.3]), st.sampled_from([None, 1, 3]))
-def test_each_sequence_of_a_row_attends_to_itself_alone(lengths, scale, window):
-    leaves = row(lengths)
-    ours = packed_attention(*leaves, Packing.of(lengths), scale=scale, window=window)
-    expected = by_hand(*leaves, lengths, scale, window)
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+def difference(row_lengths, seen, scale=None, window=None):
+    """The largest of the outputs and of the gradients, between ours and by hand with the tokens ``seen``."""
+    leaves = row(len(seen))
+    ours = packed_attention(*leaves, Packing.of(row_lengths), scale=scale, window=window)
+    expected = by_hand(*leaves, seen, scale, window)
     toward = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
-    gradients = (torch.autograd.grad((x * toward).sum(), leaves) for x in (ours, expected))
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    pairs = [(ours, expected)]
+    pairs += zip(*(torch.autograd.grad((x * toward).sum(), leaves) for x in (ours, expected)), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(0, 9), max_size=5).map(lambda own: [3, *own]) | st.just([9, 4, 3]), min_size=1, max_size=4
+    ),
+    st.sampled_from([None, 0.3]),
+    st.sampled_from([None, 1, 3, 6]),
+)
+def test_a_completion_sees_its_prompt_and_itself_alone(row_lengths, scale, window):
+    assert difference(row_lengths, visible(row_lengths), scale, window) < 1e-11
+
+
+def test_what_a_completion_sees_is_neither_a_token_more_nor_one_less():
+    row_lengths = [(4, 3, 2), (5, 2, 2)]
+    right = visible(row_lengths)
+    assert difference(row_lengths, right) < 1e-11
+    first_of_second = 4 + 3
+    for wrong in (
+        [*right[first_of_second][:-1][:-1], first_of_second],  # the mask is off by one
+        [*range(4), *range(4, first_of_second + 1)],  # it sees its sibling
+        [first_of_second],  # it has lost its prompt
+    ):
+        seen = [wrong if t == first_of_second else tokens for t, tokens in enumerate(right)]
+        assert difference(row_lengths, seen) > 1e-3
+
+
+def test_long_completions_take_no_mask(monkeypatch):
+    """One that is shorter than its prompt takes a mask, which is smaller than what the prompt would cost."""
+    masks = []
+    sdpa = attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention,
+        "scaled_dot_product_attention",
+        lambda *args, attn_mask, **settings: masks.append(attn_mask) or sdpa(*args, attn_mask=attn_mask, **settings),
+    )
+    for row_lengths, expected in (([(4, 9, 8)], []), ([(9, 4, 3)], [(4, 13)]), ([(5, 4)], [])):
+        masks.clear()
+        assert difference(row_lengths, visible(row_lengths)) < 1e-11
+        assert [tuple(mask.shape) for mask in masks if mask is not None] == expected
+    monkeypatch.setattr(attention, "_LARGEST_MASK", 50)
+    masks.clear()
+    assert difference([(9, 4, 3)], visible([(9, 4, 3)])) < 1e-11
+    assert masks == [None, None]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_in_fewer_bits_it_is_as_near_as_they_allow(dtype, tolerance):
-    lengths = [40, 3, 17, 16, 1]
-    ours = packed_attention(*row(lengths, dtype), Packing.of(lengths))
+    row_lengths = [(40,), (3,), (17, 16, 1)]
+    ours = packed_attention(*row(77, dtype), Packing.of(row_lengths))
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours.double(), by_hand(*row(lengths), lengths), rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours.double(), by_hand(*row(77), visible(row_lengths)), rtol=0, atol=tolerance)
 
 
-def test_sequences_of_like_length_are_computed_together():
-    packing = Packing.of([5, 100, 4, 80, 1])
+def test_segments_of_like_length_are_computed_together():
+    packing = Packing.of([(5,), (100,), (4,), (80,), (1,)])
     assert [tuple(batch.index.shape) for batch in packing.batches] == [(2, 100), (2, 5), (1, 1)]
-    assert packing.bounds.tolist() == [0, 5, 105, 109, 189, 190]
-    assert packing.bounds.dtype == torch.int32
-    assert packing.longest == 100
+    assert packing.query_bounds.tolist() == packing.key_bounds.tolist() == [0, 5, 105, 109, 189, 190]
+    assert packing.query_bounds.dtype == torch.int32
+    assert packing.longest_query == packing.longest_keys == 100
+    assert packing.keys is None
+    packing = Packing.of([(7, 3, 0, 3, 1), (2, 5)])
+    assert [tuple(batch.index.shape) for batch in packing.batches] == [(2, 7), (2, 3), (1, 1)]
+    assert packing.query_bounds.tolist() == [0, 7, 10, 13, 14, 21]
+    assert packing.key_bounds.tolist() == [0, 7, 17, 27, 35, 42]
+    prompt = list(range(7))
+    assert packing.keys.tolist() == [*prompt, *prompt, 7, 8, 9, *prompt, 10, 11, 12, *prompt, 13, *range(14, 21)]
+    assert (packing.longest_query, packing.longest_keys) == (7, 10)
 
 
-def test_a_gpus_kernel_gets_16_bits_the_bounds_and_the_window(monkeypatch):
+@pytest.mark.parametrize("row_lengths", [[(3,), (5,), (1,)], [(3, 5, 1), (4, 2)]])
+def test_a_gpus_kernel_gets_16_bits_the_bounds_and_the_window(monkeypatch, row_lengths):
     """The kernel's arguments, from a stand-in that computes what the kernel's documentation says."""
-    calls = []
+    packing, seen = Packing.of(row_lengths), visible(row_lengths)
 
     def kernel(query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
         assert query.dtype == key.dtype == value.dtype == torch.bfloat16
         assert enable_gqa
-        assert longest_q == longest_k == 5
-        assert bounds_q is bounds_k
+        queries, keys = bounds_q.diff().tolist(), bounds_k.diff().tolist()
+        assert (longest_q, longest_k) == (max(queries), max(keys))
         left, right = window_size
         assert right == 0
-        calls.append(bounds_q.tolist())
-        lengths = bounds_q.diff().tolist()
-        return by_hand(query.double(), key.double(), value.double(), lengths, scale, left + 1 if left >= 0 else None)
+        ends = zip(queries, bounds_k[1:].tolist(), keys, strict=True)  # the last query sees the last key
+        tokens = [list(range(end - k, end - q + i + 1)) for q, end, k in ends for i in range(q)]
+        return by_hand(query.double(), key.double(), value.double(), tokens, scale, left + 1 if left >= 0 else None)
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
-    lengths = [3, 5, 1]
-    exact = [x.to(torch.bfloat16).double() for x in row(lengths)]
+    exact = [x.to(torch.bfloat16).double() for x in row(len(seen))]
     for window in (None, 2):
-        ours = packed_attention(*row(lengths, torch.bfloat16), Packing.of(lengths), scale=0.5, window=window)
-        torch.testing.assert_close(ours, by_hand(*exact, lengths, 0.5, window))
-    assert calls == [[0, 3, 8, 9]] * 2
+        ours = packed_attention(*row(len(seen), torch.bfloat16), packing, scale=0.5, window=window)
+        torch.testing.assert_close(ours, by_hand(*exact, seen, 0.5, window))
 
 
 def test_under_autocast_the_kernel_gets_16_bits_of_all_three(tiny_model, monkeypatch):
@@ -130,7 +179,7 @@ def test_no_kernel_is_asked_for_fewer_heads_of_keys_than_of_queries(monkeypatch)
         "scaled_dot_product_attention",
         lambda query, key, value, **settings: calls.append((key.shape, value.shape, settings)) or query,
     )
-    packed_attention(*row([3, 3]), Packing.of([3, 3]))
+    packed_attention(*row(6), Packing.of([(3,), (3,)]))
     assert calls == [((2, HEADS, 3, SIZE),) * 2 + ({"attn_mask": None, "is_causal": True, "scale": None},)]
 
 

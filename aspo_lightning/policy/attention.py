@@ -1,15 +1,16 @@
-"""Attention over a packed row, in which each sequence sees itself alone; no mask of T x T is ever made.
+"""Attention over a packed row, in which each completion sees its prompt and itself; no mask of T x T is ever made.
 
 Registered with transformers as ``packed``. On a GPU 16-bit rows go through torch's variable-length flash kernel; all
-others, and every CPU, take SDPA over the sequences, those of like length in one batch.
+others, and every CPU, take SDPA over the segments, those of like length in one batch.
 
-Axes: T tokens of a row, S sequences of it, A attention heads, K heads of keys and values, D head size.
+Axes: T tokens of a row, S segments of it, A attention heads, K heads of keys and values, D head size.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor, nn
@@ -26,62 +27,127 @@ _NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 takes fewer key heads than query heads without being asked to."""
 
 _LIKE = 0.75
-"""The shortest sequence of an SDPA batch over its longest: the rest of a sequence's place there is wasted work."""
+"""The shortest segment of an SDPA batch over its longest: the rest of a segment's place there is computed in vain."""
+
+_LARGEST_MASK = 2**22
+"""Entries of a mask over a segment and its prompt: 16 MiB as the kernel takes it."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of a row that attend to a prompt, all of it, and among themselves causally."""
+
+    start: int
+    """The first token."""
+    length: int
+    prompt: slice | None = None
+    """None: what is in the segment is all that its tokens see."""
+
+    @property
+    def keys(self) -> range | list[int]:
+        """The tokens that are seen from here."""
+        own = range(self.start, self.start + self.length)
+        return [*range(self.prompt.start, self.prompt.stop), *own] if self.prompt else own
+
+
+def segments(row_lengths: Sequence[Sequence[int]]) -> list[Segment]:
+    """The segments of a row, in its order, see ``MicroBatch.row_lengths``. They cover it."""
+    found, start = [], 0
+    for prompt_length, *lengths in row_lengths:
+        if len(lengths) == 1:  # a prompt that nobody shares is the beginning of its completion
+            prompt_length, lengths = prompt_length + lengths[0], []
+        prompt = slice(start, start + prompt_length)
+        found.append(Segment(start, prompt_length))
+        start += prompt_length
+        for length in lengths:
+            if length:
+                found.append(Segment(start, length, prompt))
+            start += length
+    return found
 
 
 @dataclass(frozen=True)
 class Packing:
     """Where the sequences of a row are, in the form the kernels need."""
 
-    bounds: Tensor
-    """[S + 1] int32; the first token of each sequence, then T."""
-    longest: int
-    """Tokens."""
+    query_bounds: Tensor
+    """[S + 1] int32; the first token of each segment, then T."""
+    longest_query: int
+    """Tokens of the longest segment."""
+    keys: Tensor | None
+    """[tokens that the segments see]; their places in the row, segment by segment. None: those of the row."""
+    key_bounds: Tensor
+    """[S + 1] int32; the first of each segment's among these."""
+    longest_keys: int
+    """The most tokens that a segment sees."""
     batches: tuple["Batch", ...]
     place: Tensor
     """[T]; where each token of the row is among the outputs of all batches."""
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
-        """The packing of a row of sequences of ``lengths`` tokens, one after the other."""
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        batches = []
-        while order:
-            longest = lengths[order[0]]
-            like = [i for i in order if lengths[i] >= _LIKE * longest]
-            order = order[len(like) :]
-            batches.append(Batch.of([(starts[i], lengths[i]) for i in like], longest))
+    def of(row_lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "Packing":
+        """The packing of a row of prompts and their completions, see ``MicroBatch.row_lengths``."""
+        parts = segments(row_lengths)
+        keys = [part.keys for part in parts]
+        by_prompt: dict[int, list[Segment]] = {}
+        for part in parts:
+            by_prompt.setdefault(part.prompt.start if part.prompt else -1, []).append(part)
+        batches = [Batch.of(like) for group in by_prompt.values() for like in _like(group)]
         tokens = torch.cat([batch.index.flatten()[batch.real] for batch in batches])
+
+        def moved(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        query_bounds = moved([*(part.start for part in parts), parts[-1].start + parts[-1].length])
+        shared = len(by_prompt) > 1
         return Packing(
-            bounds=torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True),
-            longest=max(lengths),
+            query_bounds=query_bounds,
+            longest_query=max(part.length for part in parts),
+            keys=moved(list(chain.from_iterable(keys)), torch.long) if shared else None,
+            key_bounds=moved([0, *accumulate(map(len, keys))]) if shared else query_bounds,
+            longest_keys=max(map(len, keys)),
             batches=tuple(batch.to(device) for batch in batches),
             place=tokens.argsort().to(device, non_blocking=True),
         )
 
 
+def _like(parts: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Segments in lists of like length, the longest first."""
+    left = sorted(parts, key=lambda part: -part.length)
+    while left:
+        like = [part for part in left if part.length >= _LIKE * left[0].length]
+        yield like
+        left = left[len(like) :]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of like length, B of up to L tokens."""
+    """Segments of like length with the same prompt or none, B of up to L tokens."""
 
+    prompt: slice | None
+    """P tokens in the row."""
     index: Tensor
-    """[B, L]; the tokens' places in the row. What comes after a sequence's end is any token: causal attention doesn't
-    look there."""
+    """[B, L]; the segments' tokens. What comes after a segment's end is any token: causal attention doesn't look
+    there."""
     real: Tensor
-    """[tokens of these sequences]; their places in the batch, flat."""
+    """[tokens of these segments]; their places in the batch, flat."""
 
     @staticmethod
-    def of(sequences: Sequence[tuple[int, int]], longest: int) -> "Batch":
-        """Of (first token, length) of each sequence."""
-        within = torch.arange(longest)
-        starts, lengths = torch.tensor(sequences).T[:, :, None]
-        return Batch(starts + within.clamp(max=lengths - 1), (within < lengths).flatten().nonzero().squeeze(1))
+    def of(parts: Sequence[Segment]) -> "Batch":
+        within = torch.arange(max(part.length for part in parts))
+        starts, lengths = torch.tensor([(part.start, part.length) for part in parts]).T[:, :, None]
+        index = starts + within.clamp(max=lengths - 1)
+        return Batch(parts[0].prompt, index, (within < lengths).flatten().nonzero().squeeze(1))
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.index.to(device, non_blocking=True), self.real.to(device, non_blocking=True))
+        return Batch(self.prompt, self.index.to(device, non_blocking=True), self.real.to(device, non_blocking=True))
+
+    def gather(self, x: Tensor, prompt: bool) -> Tensor:
+        """[B, A, L, D] of ``x`` [T, A, D]; [B, A, P + L, D] with the prompt."""
+        own = x.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+        if prompt and self.prompt:
+            own = torch.cat([x[self.prompt].expand(len(own), -1, -1, -1), own], 1)
+        return own.transpose(1, 2)
 
 
 def packed_attention(
@@ -93,7 +159,7 @@ def packed_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention within each sequence of a row: softmax(scale * query key^T) value.
+    """Causal attention within each prompt and each completion after it: softmax(scale * query key^T) value.
 
     Args:
         query: [T, A, D].
@@ -110,15 +176,17 @@ def packed_attention(
     if torch.is_autocast_enabled(device):  # rotary embeddings turn queries and keys into float32 there, not values
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if _has_kernel(query):
+        if packing.keys is not None:
+            key, value = (x.index_select(0, packing.keys) for x in (key, value))
         kernel = partial(varlen_attn, enable_gqa=True) if _NAMES_GROUPED_HEADS else varlen_attn
         output = kernel(
             query,
             key,
             value,
-            packing.bounds,
-            packing.bounds,
-            packing.longest,
-            packing.longest,
+            packing.query_bounds,
+            packing.key_bounds,
+            packing.longest_query,
+            packing.longest_keys,
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
         )
@@ -133,20 +201,28 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float | None, window: int | None) -> Tensor:
-    """The outputs of a batch's sequences, one after the other."""
-    length = batch.index.shape[1]
-    mask = None
-    if window is not None and window < length:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    """The outputs of a batch's segments, one after the other."""
     # As many key heads as query heads, [B, A, L, D]: for fewer, a GPU's only 32-bit kernel is the one that computes all
     # scores, [B, A, L, L].
     heads = query.shape[1]
-    query, key, value = (
-        x[:, :, None].expand(-1, -1, heads // x.shape[1], -1)[batch.index].flatten(2, 3).transpose(1, 2)
-        for x in (query, key, value)
+    key, value = (
+        batch.gather(x, prompt=True)[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
+        for x in (key, value)
     )
+    length = batch.index.shape[1]
+    before = key.shape[2] - length
+    # A mask lets the segment's tokens see the prompt's. Without one the prompt's tokens attend again, in vain; that is
+    # less where the segment is the longer, and needs no mask, which could be large.
+    masked = length < before and length * key.shape[2] <= _LARGEST_MASK
+    query = batch.gather(query, prompt=not masked)
+    mask = None
+    if masked or (window is not None and window < key.shape[2]):
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - query.shape[2])
+        if window is not None:
+            mask = mask.triu(key.shape[2] - query.shape[2] + 1 - window)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return output.transpose(1, 2).flatten(0, 1)[batch.real]
+    return output[:, :, -length:].transpose(1, 2).flatten(0, 1)[batch.real]
 
 
 def _for_transformers(

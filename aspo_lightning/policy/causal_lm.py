@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy import attention
-from aspo_lightning.policy.attention import Packing
+from aspo_lightning.policy.attention import Packing, segments
 from aspo_lightning.policy.fast_linears import use_fast_linears
 from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import add_lora
@@ -124,15 +124,18 @@ class ScoredCausalLM(nn.Module):
         )[0]
 
     def _hidden_padded(self, batch: MicroBatch) -> Tensor:
-        """The same [T, H] from one padded row per sequence, for models whose layers see across packed sequences."""
-        ids = pad_sequence(batch.input_ids.split(batch.row_lengths), batch_first=True)
-        mask = pad_sequence(torch.ones_like(batch.input_ids).split(batch.row_lengths), batch_first=True)
+        """The same [T, H] by one padded row a segment, for models whose layers see across packed sequences."""
+        parts = segments(batch.row_lengths)
+        seen = [torch.tensor(part.keys, device=batch.input_ids.device) for part in parts]
+        ids = pad_sequence([batch.input_ids[keys] for keys in seen], batch_first=True)
+        mask = pad_sequence([torch.ones_like(keys) for keys in seen], batch_first=True)
         hidden = self._hidden(ids, attention_mask=mask)
-        return torch.cat([row[:length] for row, length in zip(hidden, batch.row_lengths, strict=True)])
+        ends = [row[len(keys) - part.length : len(keys)] for row, keys, part in zip(hidden, seen, parts, strict=True)]
+        return torch.cat(ends)
 
     @torch.no_grad()
     def _check_forward(self) -> None:
-        """Scores two tiny sequences and compares with the model's own logits, one sequence at a time.
+        """Scores three tiny sequences, two of one prompt, and compares with the model's own logits, one at a time.
 
         Finds what no config says: whether this architecture can be packed (then ``packs``; otherwise it is padded), and
         whether its logits are more than a linear head of its last hidden states. Both are a matter of structure, so
@@ -145,12 +148,18 @@ class ScoredCausalLM(nn.Module):
         training = self.lm.training
         self.lm.eval()
         device = next(self.lm.parameters()).device
-        sequences = [(torch.arange(2, 2 + n, device=device) * 37) % config.vocab_size for n in (7, 5)]
-        batch = MicroBatch.from_sequences([(ids[:1].tolist(), ids[1:].tolist()) for ids in sequences]).to(device)
+        ids = [i * 37 % config.vocab_size for i in range(2, 13)]
+        sequences = [(ids[:3], ids[3:7]), (ids[:3], ids[7:10]), (ids[4:5], ids[5:])]
+        batch = MicroBatch.from_sequences(sequences).to(device)
         tolerance = 1e-3 if next(self.lm.parameters()).dtype in (torch.float32, torch.float64) else 0.3
         with torch.autocast(device.type, enabled=False):
-            logits = torch.cat([self.lm(input_ids=ids[None, :-1]).logits[0].float() for ids in sequences])
-            expected = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+            logits = [
+                self.lm(input_ids=torch.tensor([[*prompt, *completion[:-1]]], device=device)).logits[
+                    0, len(prompt) - 1 :
+                ]
+                for prompt, completion in sequences
+            ]
+            expected = torch.cat(logits).float().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
             # Layers that attend in chunks are only seen in longer sequences than these.
             for self.packs in (False,) if getattr(config, "attention_chunk_size", None) else (True, False):
                 with suppress(NotImplementedError, TypeError):  # it can't, or doesn't take our attention

@@ -39,6 +39,10 @@ from aspo_lightning.types import MicroBatch, Phase, Prompt, RolloutGroup
 class Scorer(Protocol):
     """What scores micro-batches: ``ASPOModule.score``, in module.py."""
 
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for its completions in a micro-batch."""
+        ...
+
     def score(
         self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
     ) -> list[tuple[Tensor, Tensor]]:
@@ -134,11 +138,12 @@ class Rollouts:
         limit = settings.max_completion_length
         sequences = trained_sequences(kept, settings, limit)
         plan = plan_phase(
-            [[len(s.prompt_ids) + len(s.rollout.completion_ids) for s in group] for group in sequences],
+            [(len(group[0].prompt_ids), [len(s.rollout.completion_ids) for s in group]) for group in sequences],
             optimizer_steps=settings.optimizer_steps,
             world_size=world_size,
             token_budget=settings.micro_batch_tokens,
             quadratic_cost=self.quadratic_cost,
+            shared=scorer.shares_prompts(),
         )
         rows = pack([s for group in sequences for s in group], plan, settings.averaging, limit, rank, world_size)
         start = time.perf_counter()

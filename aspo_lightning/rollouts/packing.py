@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from aspo_lightning.errors import ConfigError
@@ -22,54 +23,113 @@ class Plan(NamedTuple):
 
 
 def plan_phase(
-    groups: Sequence[Sequence[int]],
+    groups: Sequence[tuple[int, Sequence[int]]],
     *,
     optimizer_steps: int,
     world_size: int = 1,
     token_budget: int,
     quadratic_cost: float = 0.0,
+    shared: bool = True,
 ) -> Plan:
     """Shares out the sequences of a phase.
 
     Groups stay together in an optimizer step, in the order given, as evenly as their number allows; fewer groups than
     ``optimizer_steps`` make fewer steps. In each step the sequences are packed into ``accumulate`` x ``world_size``
     micro-batches of at most ``token_budget`` tokens and nearly equal cost; ``accumulate`` is the smallest number that
-    fits in every step. The same input gives the same plan.
+    fits in every step. A group is divided among micro-batches, each with its prompt, only as far as that evens their
+    cost or is needed to fit. The same input gives the same plan.
 
     Args:
-        groups: for each group the lengths in tokens of its sequences. Sequences are numbered through all groups.
+        groups: of each the tokens of its prompt, and of each completion. Completions are numbered through all groups.
         optimizer_steps: how many updates the phase is for.
         world_size: ranks that train.
         token_budget: the most tokens a micro-batch may have.
         quadratic_cost: a sequence of n tokens costs n + quadratic_cost * n^2; for attention in a transformer of hidden
             size H that is about 1 / (6 H).
+        shared: whether a prompt counts once in a micro-batch, or with each of its completions.
 
     Raises:
         ConfigError: if a sequence is longer than the budget.
     """
-    lengths = [length for group in groups for length in group]
-    if lengths and max(lengths) > token_budget:
+    longest = max((prompt + max(lengths) for prompt, lengths in groups if lengths), default=0)
+    if longest > token_budget:
         raise ConfigError(
-            f"A sequence has {max(lengths)} tokens, more than token_budget {token_budget}. "
-            f"Set data.token_budget to at least {max(lengths)}."
+            f"A sequence has {longest} tokens, more than token_budget {token_budget}. "
+            f"Set data.token_budget to at least {longest}."
         )
-    costs = [n + quadratic_cost * n * n for n in lengths]
-    members, start = [], 0
-    for group in groups:
-        members.append(range(start, start + len(group)))
-        start += len(group)
+    numbered, start = [], 0
+    for prompt, lengths in groups:
+        numbered.append(_Group(prompt, dict(enumerate(lengths, start)), quadratic_cost))
+        start += len(lengths)
     count = min(optimizer_steps, len(groups))
-    steps = [
-        [i for group in members[s * len(groups) // count : (s + 1) * len(groups) // count] for i in group]
-        for s in range(count)
-    ]
-    accumulate = max([1, *(-(-sum(lengths[i] for i in step) // (token_budget * world_size)) for step in steps)])
+    steps = [numbered[s * len(groups) // count : (s + 1) * len(groups) // count] for s in range(count)]
+    least = max((sum(part.tokens for g in step for part in g.divided(1)) for step in steps), default=0)
+    accumulate = max(1, -(-least // (token_budget * world_size)))
     while True:
-        packed = [_pack(step, lengths, costs, accumulate * world_size, token_budget) for step in steps]
+        packed = [_pack_step(step, accumulate, world_size, token_budget, shared) for step in steps]
         if all(bins is not None for bins in packed):
             break
         accumulate += 1
     return Plan([_deal(bins, world_size) for bins in packed if bins], accumulate)
+
+
+@dataclass(frozen=True)
+class _Group:
+    prompt: int
+    """Tokens."""
+    completions: dict[int, int]
+    """Tokens by number."""
+    quadratic_cost: float
+
+    def cost(self, number: int | None = None) -> float:
+        """Of a completion after its prompt, or of the prompt."""
+        first, last = (0, self.prompt) if number is None else (self.prompt, self.prompt + self.completions[number])
+        return last - first + self.quadratic_cost * (last * last - first * first)
+
+    def divided(self, number: int) -> list["_Part"]:
+        """In that many parts of nearly equal cost, or one a completion."""
+        heap = [(self.cost(), 0, k) for k in range(min(number, len(self.completions)))]
+        members: list[list[int]] = [[] for _ in heap]
+        for i in sorted(self.completions, key=lambda i: (-self.cost(i), i)):
+            cost, count, k = heap[0]
+            members[k].append(i)
+            heapq.heapreplace(heap, (cost + self.cost(i), count + 1, k))
+        costs = {k: cost for cost, _, k in heap}
+        return [
+            _Part(part, self.prompt + sum(self.completions[i] for i in part), costs[k])
+            for k, part in enumerate(members)
+        ]
+
+
+class _Part(NamedTuple):
+    """Completions of a group with one copy of their prompt."""
+
+    members: list[int]
+    tokens: int
+    cost: float
+
+
+def _pack_step(
+    groups: Sequence[_Group], accumulate: int, world_size: int, token_budget: int, shared: bool
+) -> list[list[int]] | None:
+    """The packing of a step that takes least time, and of those the one that divides groups least. None: nothing fits.
+
+    Ranks wait for each other at each micro-batch, so the time is the sum of the heaviest of each round.
+    """
+    most = max((len(group.completions) for group in groups), default=1)
+    numbers = [2**k for k in range(most.bit_length()) if 2**k < most] if shared else []
+    packings = [
+        packing
+        for number in [*numbers, most]
+        if (
+            packing := _pack(
+                [part for g in groups for part in g.divided(number)], accumulate * world_size, token_budget
+            )
+        )
+    ]
+    if not packings:
+        return None
+    return [content for _, content in min(packings, key=lambda bins: sum(cost for cost, _ in bins[::world_size]))]
 
 
 def _deal(bins: list[list[int]], world_size: int) -> list[list[list[int]]]:
@@ -78,25 +138,29 @@ def _deal(bins: list[list[int]], world_size: int) -> list[list[list[int]]]:
     return [[row[rank if j % 2 == 0 else -1 - rank] for j, row in enumerate(rows)] for rank in range(world_size)]
 
 
-def _pack(
-    step: Sequence[int], lengths: Sequence[int], costs: Sequence[float], bins: int, token_budget: int
-) -> list[list[int]] | None:
-    """Heaviest first into the lightest bin that has room; bins by falling cost. None if something finds no room."""
+def _pack(parts: Sequence[_Part], bins: int, token_budget: int) -> list[tuple[float, list[int]]] | None:
+    """Heaviest first into the lightest bin that has room. None if something finds no room.
+
+    Returns:
+        (cost, members) of each bin, by falling cost.
+    """
     heap = [(0.0, b, 0) for b in range(bins)]  # (cost, bin, tokens)
     content: list[list[int]] = [[] for _ in range(bins)]
-    for i in sorted(step, key=lambda i: (-costs[i], i)):
+    costs = [0.0] * bins
+    for part in sorted(parts, key=lambda part: (-part.cost, part.members)):
         full = []
-        while heap and heap[0][2] + lengths[i] > token_budget:
+        while heap and heap[0][2] + part.tokens > token_budget:
             full.append(heapq.heappop(heap))
         if not heap:
             return None
         cost, b, tokens = heapq.heappop(heap)
-        content[b].append(i)
-        heapq.heappush(heap, (cost + costs[i], b, tokens + lengths[i]))
+        content[b] += part.members
+        costs[b] = cost + part.cost
+        heapq.heappush(heap, (costs[b], b, tokens + part.tokens))
         for entry in full:
             heapq.heappush(heap, entry)
-    order = sorted(range(bins), key=lambda b: (-sum(costs[i] for i in content[b]), b))
-    return [sorted(content[b]) for b in order]
+    order = sorted(range(bins), key=lambda b: (-costs[b], b))
+    return [(costs[b], sorted(content[b])) for b in order]
 
 
 def loss_weights(

@@ -15,6 +15,7 @@ from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.scorer import matmul, token_logprobs
 from aspo_lightning.types import MicroBatch
 from tests.support.gpu import DEVICE, ROOM, on, peak
+from tests.support.rows import visible
 
 FULL, HALF, HALF16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -124,28 +125,28 @@ def row(tokens, dtype, heads=HEADS, key_heads=KEY_HEADS, size=SIZE):
     return [drawn(tokens, n, size, dtype=dtype).requires_grad_() for n in (heads, key_heads, key_heads)]
 
 
-def attention_by_hand(query, key, value, lengths, window):
+def attention_by_hand(query, key, value, row_lengths, window):
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    outputs = []
-    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
-        scores = torch.einsum("qad,kad->aqk", q, k) * q.shape[-1] ** -0.5
-        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()
-        if window is not None:
-            seen = seen.triu(1 - window)
-        outputs.append(torch.einsum("aqk,kad->qad", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
-    return torch.cat(outputs)
+    scores = torch.einsum("qad,kad->aqk", query, key) * query.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool)
+    for token, seen in enumerate(visible(row_lengths)):
+        hidden[token, seen if window is None else seen[-window:]] = False
+    weights = scores.masked_fill(hidden.to(scores.device), -torch.inf).softmax(-1)
+    return torch.einsum("aqk,kad->qad", weights, value)
 
 
 # In 16 bits the weights of the values are rounded too, and in backward those weights' gradients.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FULL, 1e-5), (HALF, 0.01), (HALF16, 0.002)])
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("lengths", [[300], [130, 1, 64, 129, 7]])
-def test_packed_attention_is_that_of_float64(device, dtype, tolerance, window, lengths):
-    leaves = row(sum(lengths), dtype)
-    ours = packed_attention(*leaves, Packing.of(lengths, device), window=window)
+@pytest.mark.parametrize(
+    "row_lengths", [[(300,)], [(130,), (1,), (64,), (129,), (7,)], [(130, 40, 1, 64, 0, 60), (7, 129)], [(5, 70, 90)]]
+)
+def test_packed_attention_is_that_of_float64(device, dtype, tolerance, window, row_lengths):
+    leaves = row(sum(map(sum, row_lengths)), dtype)
+    ours = packed_attention(*leaves, Packing.of(row_lengths, device), window=window)
     assert ours.dtype == dtype
     theirs = exact(leaves)
-    expected = attention_by_hand(*theirs, lengths, window)
+    expected = attention_by_hand(*theirs, row_lengths, window)
     assert error(ours, expected) < tolerance
     toward = drawn(*ours.shape, dtype=dtype)
     (ours * toward).sum().backward()
@@ -155,14 +156,15 @@ def test_packed_attention_is_that_of_float64(device, dtype, tolerance, window, l
 
 
 @pytest.mark.parametrize("dtype", [FULL, HALF])
-@pytest.mark.parametrize("sequences", [1, 4])
-def test_packed_attention_takes_no_memory_of_the_rows_length_squared(device, note, dtype, sequences):
+@pytest.mark.parametrize("prompts", [1, 4])
+@pytest.mark.parametrize("completions", [0, 3])
+def test_packed_attention_takes_no_memory_of_the_rows_length_squared(device, note, dtype, prompts, completions):
     tokens, heads, size = on((34_816, 2, 64), (4096, 2, 16))
-    lengths = [tokens // sequences] * sequences
+    row_lengths = [(tokens // prompts // (1 + completions),) * (1 + completions)] * prompts
     leaves = row(tokens, dtype, heads, 1, size)
 
     def work():
-        packed_attention(*leaves, Packing.of(lengths, device)).sum().backward()
+        packed_attention(*leaves, Packing.of(row_lengths, device)).sum().backward()
         for leaf in leaves:
             leaf.grad = None
 
@@ -171,7 +173,7 @@ def test_packed_attention_takes_no_memory_of_the_rows_length_squared(device, not
     assert bound < tokens**2  # a mask of one byte each
     assert taken < bound + ROOM
     if device.type == "cuda":
-        note(f"attention, {sequences} x {lengths[0]} tokens, {dtype}: {taken / 2**20:.0f} of {bound / 2**20:.0f} MiB")
+        note(f"attention, {prompts} x {row_lengths[0]} tokens, {dtype}: {taken / 2**20:.0f} of {bound / 2**20:.0f} MiB")
     with host_never_waits():
         work()
 

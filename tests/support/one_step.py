@@ -46,8 +46,9 @@ def drift(token: int, factor: float) -> float:
 
 def budgets(groups):
     """A token budget for each number of micro-batches, on one rank and on two."""
-    lengths = [[len(g.prompt.prompt_ids) + len(r.completion_ids) for r in g.rollouts] for g in groups]
-    longest, total = max(map(max, lengths)), sum(map(sum, lengths))
+    lengths = [(len(g.prompt.prompt_ids), [len(r.completion_ids) for r in g.rollouts]) for g in groups]
+    longest = max(prompt + max(completions) for prompt, completions in lengths)
+    total = sum(prompt + sum(completions) for prompt, completions in lengths)
     found = {}
     for budget in range(longest, total + 1):
         for world_size in (1, 2):

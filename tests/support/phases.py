@@ -31,5 +31,5 @@ def build_phase(
     )
     sampler = SimpleNamespace(rank=rank, world_size=world_size)
     rollouts = Rollouts(sampler, Shuffled(), [], settings, quadratic_cost=quadratic_cost)
-    scorer = SimpleNamespace(score=lambda rows, without_reference: score(rows))
+    scorer = SimpleNamespace(shares_prompts=lambda: True, score=lambda rows, without_reference: score(rows))
     return rollouts.train_on(groups, scorer, epoch)
