@@ -1,7 +1,7 @@
 """ASPOModule: Lightning hooks around policy, frozen reference and objective."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torchmetrics import MeanMetric
+from torchmetrics import MaxMetric, MeanMetric, Metric
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
@@ -26,16 +26,17 @@ from aspo_lightning.run.checkpoints import check_between_phases
 from aspo_lightning.run.lightning import trainer_of
 from aspo_lightning.types import Evaluation, MicroBatch, State
 
-TOKEN_METRICS = [
-    "entropy",
-    "kl",
+TOKEN_MEANS = [
+    "policy/entropy",
+    "policy/kl",
     *(
-        f"{name}_{sign}"
+        f"policy/{name}_{sign}"
         for name in ("clip_fraction", "dual_clip_fraction", "ratio")
         for sign in ("positive", "negative")
     ),
+    "mismatch/logprob_abs_mean",
 ]
-
+TOKEN_MAXIMA = ["mismatch/logprob_abs_max"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -93,7 +94,10 @@ class ASPOModule(LightningModule):
         self.policy: ScoredCausalLM | None = None
         # In a tuple, which hides it from torch: it is in no checkpoint and no optimizer, and train() leaves it alone.
         self._reference: tuple[ScoredCausalLM, ...] = ()
-        self.token_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in TOKEN_METRICS})
+        self.token_metrics = nn.ModuleDict(
+            {tag: MeanMetric(nan_strategy="ignore") for tag in TOKEN_MEANS}
+            | {tag: MaxMetric(nan_strategy="ignore") for tag in TOKEN_MAXIMA}
+        )
 
     @property
     def reference(self) -> ScoredCausalLM | None:
@@ -141,26 +145,23 @@ class ASPOModule(LightningModule):
         assert self.policy is not None
         return self.policy.packs
 
-    def score(
-        self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(old_logprobs[N], ref_logprobs[N]) of micro-batches, on the CPU. Called while a phase is built.
-
-        Those ``without_reference`` come last, with zeros for it.
-        """
+    def score(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """The policy's log-probs[N] of each micro-batch, on the CPU. Collective where it is sharded."""
         assert self.policy is not None
-        old = self._logprobs(self.policy, [*batches, *without_reference], "score")
-        if self.kl_coef == 0 or not batches:
-            ref = []
-        elif self.settings.lora_rank:
-            set_adapters(self.policy, False)
-            ref = self._logprobs(self.policy, batches, "score reference")
-            set_adapters(self.policy, True)
-        else:
+        return self._logprobs(self.policy, batches, "score")
+
+    def score_reference(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """The reference's log-probs[N] of each micro-batch, on the CPU; zeros where no loss needs them. Collective."""
+        if self.kl_coef == 0:
+            return [batch.ref_logprobs for batch in batches]
+        if not self.settings.lora_rank:
             assert self.reference is not None
-            ref = self._logprobs(self.reference, batches, "score reference")
-        ref += [torch.zeros_like(logprobs) for logprobs in old[len(ref) :]]
-        return list(zip(old, ref, strict=True))
+            return self._logprobs(self.reference, batches, "score reference")
+        assert self.policy is not None
+        set_adapters(self.policy, False)
+        logprobs = self._logprobs(self.policy, batches, "score reference")
+        set_adapters(self.policy, True)
+        return logprobs
 
     def _logprobs(self, model: ScoredCausalLM, batches: Sequence[MicroBatch], description: str) -> list[Tensor]:
         strategy = self.trainer.strategy
@@ -174,10 +175,11 @@ class ASPOModule(LightningModule):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
         assert self.policy is not None
         logprobs, entropy = self.policy(batch, temperature=self.temperature, entropy_grad=self.entropy_coef != 0)
+        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         loss, metrics = policy_loss(
             self.objective,
             logprobs,
-            batch.old_logprobs,
+            old,
             batch.advantages,
             batch.loss_weights,
             sequence_index=batch.sequence_index,
@@ -190,21 +192,24 @@ class ASPOModule(LightningModule):
             loss = loss + self.kl_coef * (batch.loss_weights * kl).sum()
         if self.entropy_coef:
             loss = loss - self.entropy_coef * (batch.loss_weights * entropy).sum()
-        self._log_metrics(loss, metrics)
-        self._loss_is_finite = self._loss_is_finite.to(loss.device) & loss.detach().isfinite()
-        return {"loss": loss, "log_ratio": logprobs.detach() - batch.old_logprobs}
-
-    def _log_metrics(self, loss: Tensor, metrics: dict[str, TokenMean]) -> None:
+        mismatch = (old - batch.generator_logprobs).abs()
         self._log("policy/loss", loss)
-        for name, (value, tokens) in metrics.items():
-            metric = self.token_metrics[name]
-            assert isinstance(metric, MeanMetric)
-            metric.update(value, tokens)
+        self._log_tokens({f"policy/{name}": mean for name, mean in metrics.items()})
+        self._log_tokens({"mismatch/logprob_abs_mean": token_mean(mismatch), "mismatch/logprob_abs_max": (mismatch,)})
+        self._loss_is_finite = self._loss_is_finite.to(loss.device) & loss.detach().isfinite()
+        return {"loss": loss, "log_ratio": logprobs.detach() - old}
+
+    def _log_tokens(self, metrics: Mapping[str, TokenMean | tuple[Tensor]]) -> None:
+        """Logs means and maxima over the tokens of all micro-batches and ranks, at the end of the epoch."""
+        for tag, measured in metrics.items():
+            metric = self.token_metrics[tag]
+            assert isinstance(metric, Metric)
+            metric.update(*measured)
             if self.trainer.is_last_batch:
-                mean = metric.compute()  # over all ranks
+                value = metric.compute()  # over all ranks
                 metric.reset()
-                if not mean.isnan():  # a phase without a useful group measures nothing
-                    self._log(f"policy/{name}", mean)
+                if value > -math.inf:  # a phase without a useful group measures nothing: NaN, or -inf for a maximum
+                    self._log(tag, value)
 
     def _log(self, tag: str, value: Tensor | float, *, reduce_fx: str = "mean", sync_dist: bool = True) -> None:
         """Logs a measurement of the epoch."""

@@ -161,8 +161,9 @@ class MicroBatch:
     """[N] float32; the averaging rule, see ``rollouts.packing.loss_weights``."""
     generator_logprobs: Tensor
     """[N] float32; as the engine sampled them."""
-    old_logprobs: Tensor
-    """[N] float32; by the trainer before the first update of the phase."""
+    old_logprobs: Tensor | None
+    """[N] float32; by the trainer before the first update of the phase. None: the policy's own, when it comes to this
+    micro-batch, for nothing has been updated by then."""
     ref_logprobs: Tensor
     """[N] float32; by the frozen reference (zeros where there is none)."""
 
@@ -217,7 +218,6 @@ class MicroBatch:
             values = [0.0] * len(lengths) if values is None else values
             return torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats)
 
-        zeros = torch.zeros(len(targets))
         return MicroBatch(
             input_ids=torch.tensor(input_ids or [0]),
             position_ids=torch.tensor(position_ids or [0]),
@@ -228,8 +228,8 @@ class MicroBatch:
             advantages=per_token(advantages),
             loss_weights=per_token(loss_weights),
             generator_logprobs=torch.tensor(generated, dtype=torch.float32),
-            old_logprobs=zeros,
-            ref_logprobs=zeros,
+            old_logprobs=None,
+            ref_logprobs=torch.zeros(len(targets)),
         )
 
     def to(self, device: torch.device | str) -> "MicroBatch":

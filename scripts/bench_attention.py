@@ -4,9 +4,9 @@
 
 1. A row of many tokens in one sequence and in sixteen, through a tiny model, forward and backward, each in a process of
    its own: seconds and the peak of the process beyond what it held before.
-2. The quickstart's phase (64 sequences of 16 + 4 tokens) and one row of all of them: scoring and update with packed
-   attention and with sdpa, which computes the whole row and masks it, in turn. Without --model it is a random one of
-   the shape of SmolLM2-135M.
+2. The quickstart's phase (16 prompts of 16 tokens with 4 completions of 4 each) in rows of up to 256 and of up to 2,048
+   tokens: scoring and update with packed attention, with prompts repeated and shared, and with sdpa, which computes
+   the whole row and masks it, in turn. Without --model it is a random one of the shape of SmolLM2-135M.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from functools import partial
 
 import torch
 from script_tools import in_turn, seconds, spread
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.rollouts.packing import plan_phase
 from aspo_lightning.run.memory import peak_memory
 from aspo_lightning.types import MicroBatch
 
@@ -56,34 +57,47 @@ def long_row(tokens: int, sequences: int) -> None:
     print(json.dumps({"seconds": taken, "mib": (peak_memory() - before) / 2**20}))
 
 
-def phase(models: dict[str, ScoredCausalLM], budget: int, repeats: int) -> None:
-    """Prints the ratios of a phase's times; the models are keyed by their attention, and have the same weights."""
-    completions, length = 64, 20
-    each = min(completions, budget // length)
-    batches = [row([length] * min(each, completions - i), prompt=16) for i in range(0, completions, each)]
+def phase_rows(budget: int, shared: bool) -> list[MicroBatch]:
+    """16 prompts of 16 tokens with 4 completions of 4 tokens; or as many completions, each with a prompt of its own."""
+    groups, completions = (16, 4) if shared else (64, 1)
+    draw = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(5, 128) for _ in range(count)]
+
+    sequences = [(prompt, tokens(4)) for prompt in (tokens(16) for _ in range(groups)) for _ in range(completions)]
+    plan = plan_phase([(16, [4] * completions)] * groups, optimizer_steps=1, token_budget=budget)
+    return [MicroBatch.from_sequences([sequences[i] for i in members]) for members in plan.steps[0][0]]
+
+
+def phase(lm: PreTrainedModel, budget: int, repeats: int) -> None:
+    """Prints the ratios of a phase's times."""
+    ways = {
+        "sdpa": (Masked(lm), "sdpa", phase_rows(budget, shared=False)),
+        "packed": (ScoredCausalLM(lm), "packed", phase_rows(budget, shared=False)),
+        "shared": (ScoredCausalLM(lm), "packed", phase_rows(budget, shared=True)),
+    }
 
     @torch.no_grad()
-    def score(model: ScoredCausalLM) -> None:
-        for batch in batches:
-            model(batch)
+    def score(model: ScoredCausalLM, batch: MicroBatch) -> None:
+        model(batch)
 
-    def update(model: ScoredCausalLM) -> None:
-        for batch in batches:
-            model(batch)[0].sum().backward()
-        model.zero_grad()
+    def update(model: ScoredCausalLM, batch: MicroBatch) -> None:
+        model(batch)[0].sum().backward()
 
-    def way(work: Callable[[ScoredCausalLM], None], attention: str) -> None:
-        models[attention].lm.set_attn_implementation(attention)
-        work(models[attention])
+    def run(work: Callable[[ScoredCausalLM, MicroBatch], None], way: str) -> None:
+        model, attention, batches = ways[way]
+        lm.set_attn_implementation(attention)
+        for batch in batches:
+            work(model, batch)
+        lm.zero_grad()
 
     for name, work in (("scoring", score), ("update", update)):
-        times = in_turn({attention: partial(way, work, attention) for attention in ("packed", "sdpa")}, repeats)
-        ratios = [packed / masked for packed, masked in zip(times["packed"], times["sdpa"], strict=True)]
-        print(
-            f"{len(batches)} rows of {each * length} tokens, {name}: packed {spread(times['packed'])} s, sdpa "
-            f"{spread(times['sdpa'])} s; packed / sdpa {spread(ratios)}",
-            flush=True,
-        )
+        times = in_turn({way: partial(run, work, way) for way in ways}, repeats)
+        for way, taken in times.items():
+            ratios = [ours / masked for ours, masked in zip(taken, times["sdpa"], strict=True)]
+            tokens = " + ".join(str(len(batch.input_ids)) for batch in ways[way][2])
+            print(f"{name}, {way}, {tokens} tokens: {spread(taken)} s; / sdpa {spread(ratios)}", flush=True)
 
 
 def main() -> None:
@@ -107,7 +121,7 @@ def main() -> None:
         shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
         lm = llama(**shape, num_attention_heads=9, num_key_value_heads=3)
     for budget in (256, 2048):
-        phase({"packed": ScoredCausalLM(lm), "sdpa": Masked(lm)}, budget, options.repeats)
+        phase(lm, budget, options.repeats)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from aspo_lightning.engines import SamplingRequest, TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import MicroBatch
-from tests.support.models import save_model, save_tokenizer
+from tests.support.models import save_experts, save_model, save_tokenizer
 from tests.support.processes import free_port
 
 PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 9, 40, 7)]  # one fills a block of the prefix cache
@@ -30,26 +29,8 @@ def untied_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """A mixture of experts, which transformers keeps as one weight a layer and the hub as one an expert."""
     folder = tmp_path_factory.mktemp("mixture")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=128,
-        hidden_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    save_experts(folder)
     save_tokenizer(folder)
     return str(folder)
 

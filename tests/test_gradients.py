@@ -5,22 +5,31 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from aspo_lightning.advantages import group_advantages
+from aspo_lightning.policy.weights import add_lora
+from tests.support.models import save_experts
 from tests.support.one_step import (
     AVERAGING,
     ENTROPY_COEF,
     KL_COEF,
+    LORA,
     MAX_LENGTH,
     SHARDED,
     TEMPERATURE,
     drift,
     make_groups,
+    move_adapters,
 )
 from tests.support.ranks import Ranks
 
 
-def gradient_by_hand(model: str, averaging: str) -> torch.Tensor:
+def gradient_by_hand(model: str, averaging: str, lora: bool = False) -> torch.Tensor:
     """ASPO + k3 + entropy bonus from the paper's equations, one sequence at a time, in float64."""
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    reference, lm = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64) for _ in range(2))
+    for each in (reference, lm):
+        each.set_experts_implementation("eager")  # the other one takes no float64
+    if lora:
+        add_lora(lm, LORA["lora_rank"], LORA["lora_alpha"])
+        move_adapters(lm)
     groups = make_groups()
     rewards = torch.tensor([[r.reward for r in g.rollouts] for g in groups])
     advantages = group_advantages(rewards, spread=torch.ones(len(groups), dtype=torch.bool))
@@ -29,14 +38,16 @@ def gradient_by_hand(model: str, averaging: str) -> torch.Tensor:
     for g, group in enumerate(groups):
         for s, rollout in enumerate(group.rollouts):
             prompt, completion = list(group.prompt.prompt_ids), list(rollout.completion_ids)
-            logits = lm(input_ids=torch.tensor([prompt + completion])).logits[0] / TEMPERATURE
-            logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            ids = torch.tensor([prompt + completion])
+            logp = (lm(input_ids=ids).logits[0] / TEMPERATURE).log_softmax(-1)[len(prompt) - 1 : -1]
+            with torch.no_grad():
+                ref = (reference(input_ids=ids).logits[0] / TEMPERATURE).log_softmax(-1)[len(prompt) - 1 : -1]
             per_token = 0
             for t, token in enumerate(completion):
                 # old = current + drift, so r = exp(-drift); likewise for the reference
                 r, a = float(torch.tensor(-drift(token, 7)).exp()), advantages[g, s].item()
                 w = (min(1 / r, 3) if r <= 1.2 else 0) if a > 0 else (min(r, 3) if r >= 0.8 else 0)
-                d = logp[t, token].detach() + drift(token, 3) - logp[t, token]
+                d = ref[t, token] + drift(token, 3) - logp[t, token]
                 k3 = d.exp() - d - 1
                 entropy = -(logp[t].exp() * logp[t]).sum()
                 per_token = per_token - w * a * logp[t, token] + KL_COEF * k3 - ENTROPY_COEF * entropy
@@ -47,16 +58,24 @@ def gradient_by_hand(model: str, averaging: str) -> torch.Tensor:
             }[averaging]
             total = total + weight * per_token
     total.backward()
-    return torch.cat([p.grad.flatten() for p in lm.parameters()])
+    return torch.cat([p.grad.flatten() for p in lm.parameters() if p.requires_grad])
 
 
 @pytest.fixture(scope="module")
-def gradients(tiny_model, tmp_path_factory):
+def experts(tmp_path_factory) -> str:
+    """A mixture of experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    save_experts(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def gradients(tiny_model, experts, tmp_path_factory):
     folder, results = tmp_path_factory.mktemp("gradients"), {}
     with Ranks(2, folder) as ranks:
         for number in (1, 2):
             out = folder / f"{number}.pt"
-            arguments = [tiny_model, str(out), str(number)]
+            arguments = [tiny_model, experts, str(out), str(number)]
             ranks.run(f"ranks_{number}", arguments, module="tests.support.one_step", first=number)
             results[number] = torch.load(out)
     return results
@@ -81,4 +100,14 @@ def test_the_gradient_does_not_depend_on_how_memory_is_saved(gradients, tiny_mod
     for ranks in (1, 2):
         for k in (1, 4):
             error = ((gradients[ranks][way, k] - expected).norm() / expected.norm()).item()
+            assert error <= 1e-6, (ranks, k, error)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "experts"])
+def test_the_gradient_does_not_depend_on_the_split_for_adapters_and_experts(gradients, tiny_model, experts, kind):
+    lora = kind == "adapters"
+    expected = gradient_by_hand(tiny_model if lora else experts, "token_mean", lora)
+    for ranks in (1, 2):
+        for k in (1, 4):
+            error = ((gradients[ranks][kind, k] - expected).norm() / expected.norm()).item()
             assert error <= 1e-6, (ranks, k, error)

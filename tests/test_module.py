@@ -1,8 +1,11 @@
 """ASPOModule under a real Trainer: what it computes, what it leaves alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from transformers import AutoModelForCausalLM
 
 from aspo_lightning import ASPOModule
 from aspo_lightning.errors import ConfigError
@@ -22,7 +25,7 @@ class Phases(OneStep):
     def train_dataloader(self):
         self.phase = build_phase(
             self.groups,
-            self.trainer.lightning_module.score,
+            self.trainer.lightning_module,
             epoch=0,
             optimizer_steps=2,
             max_completion_length=MAX_LENGTH,
@@ -33,12 +36,14 @@ class Phases(OneStep):
 
 
 class Recorded(ASPOModule):
-    """Keeps the log-probs that training sees."""
+    """Keeps how far the log-probs that training sees are from those that were scored, where they were."""
 
     def training_step(self, batch, batch_idx):
         with torch.no_grad():
             logprobs, _ = self.policy(batch, temperature=self.temperature)
-        self.differences = [*getattr(self, "differences", []), (logprobs - batch.old_logprobs).abs().max().item()]
+        old = batch.old_logprobs
+        difference = None if old is None else (logprobs - old).abs().max().item()
+        self.differences = [*getattr(self, "differences", []), difference]
         return super().training_step(batch, batch_idx)
 
 
@@ -64,8 +69,9 @@ def test_without_updates_every_ratio_is_exactly_one(tiny_model, precision):
     module = Recorded(tiny_model, objective=GRPO(0.0, 0.0), temperature=0.7, optimizer=adam(0.0))
     data = Phases(make_groups())
     metrics = fit(module, data, precision=precision)
-    assert data.phase.accumulate > 1
-    assert module.differences == [0.0] * len(data.phase)
+    k = data.phase.accumulate
+    assert k > 1
+    assert module.differences == [0.0, *[None] * (k - 1), *[0.0] * k]
     for sign in ("positive", "negative"):
         assert metrics[f"policy/ratio_{sign}"] == 1
         assert metrics[f"policy/clip_fraction_{sign}"] == 0
@@ -80,7 +86,7 @@ def test_with_updates_the_policy_moves_and_the_reference_does_not(tiny_model):
     data = Phases(make_groups())
     metrics = fit(module, data)
     k = data.phase.accumulate
-    assert module.differences[:k] == [0.0] * k  # the first optimizer step
+    assert module.differences[:k] == [0.0, *[None] * (k - 1)]  # the first optimizer step
     assert min(module.differences[k:]) > 1e-3  # the second
     assert metrics["policy/ratio_positive"] != 1
     for name, parameter in module.reference.state_dict().items():
@@ -91,12 +97,46 @@ def test_with_updates_the_policy_moves_and_the_reference_does_not(tiny_model):
     assert all(key.startswith("policy.") for key in module.state_dict())
 
 
+def test_a_first_step_that_was_not_scored_goes_as_if_it_was(tiny_model):
+    class Scored(Phases):
+        def train_dataloader(self):
+            phase, module = super().train_dataloader(), self.trainer.lightning_module
+            assert [b.old_logprobs is None for b in phase][:3] == [False, True, True]
+            scores = zip(phase, module.score(phase.micro_batches), strict=True)
+            return replace(phase, micro_batches=[replace(batch, old_logprobs=old) for batch, old in scores])
+
+    found = []
+    for phases in (Phases, Scored):
+        module = ASPOModule(tiny_model, optimizer=adam(1e-2))
+        metrics = fit(module, phases(make_groups()))
+        found.append((metrics, list(module.parameters())))
+    (ours, weights), (theirs, expected) = found
+    assert ours == theirs
+    assert all(map(torch.equal, weights, expected))
+
+
+def test_the_mismatch_with_the_engine_is_a_mean_and_a_maximum_over_all_tokens(tiny_model):
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+    differences = []
+    for group in make_groups():
+        prompt = list(group.prompt.prompt_ids)
+        for rollout in group.rollouts:
+            ids = torch.tensor(prompt + list(rollout.completion_ids))
+            logprobs = lm(input_ids=ids[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            differences.append(logprobs.gather(1, ids[len(prompt) :, None]).squeeze(1) - -1.0)  # as the engine had it
+    differences = torch.cat(differences).abs()
+    metrics = fit(ASPOModule(tiny_model, optimizer=adam(0.0)), Phases(make_groups()))
+    assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(differences.mean().item(), rel=1e-5)
+    assert metrics["mismatch/logprob_abs_max"] == pytest.approx(differences.max().item(), rel=1e-5)
+
+
 def test_a_phase_that_tells_nothing_changes_nothing(tiny_model):
     module = ASPOModule(tiny_model, optimizer=adam(1e-2))
     module.configure_model()
     before = {name: p.clone() for name, p in module.policy.state_dict().items()}
     rollouts = (Rollout((7, 8), (-1.0, -1.0), False, "", 1.0, True),) * 2
-    fit(module, Phases([RolloutGroup(make_groups()[0].prompt, rollouts)]))
+    metrics = fit(module, Phases([RolloutGroup(make_groups()[0].prompt, rollouts)]))
+    assert not any(tag.startswith(("policy/clip", "mismatch/")) for tag in metrics)  # nor is anything measured
     assert all(torch.equal(p, before[name]) for name, p in module.policy.state_dict().items())
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rollouts import loop
-from aspo_lightning.rollouts.mismatch import correct_mismatch, mismatch_metrics
+from aspo_lightning.rollouts.mismatch import correct_mismatch
 from aspo_lightning.rollouts.packing import Plan, pack
 from aspo_lightning.rollouts.settings import RewardSettings, check_phase
 from aspo_lightning.rollouts.shaping import has_task_spread, shaped_reward, trained_sequences
@@ -33,8 +33,17 @@ def group(i, rewards, lengths=None, **kwargs):
     return RolloutGroup(prompt(i), tuple(rollouts))
 
 
-def minus_one(batches: list[MicroBatch]):
-    return [(torch.full_like(b.advantages, -1.0), torch.full_like(b.advantages, -2.0)) for b in batches]
+class Constant:
+    """Scores -1 by the policy and -2 by the reference."""
+
+    def shares_prompts(self):
+        return True
+
+    def score(self, batches):
+        return [torch.full_like(b.advantages, -1.0) for b in batches]
+
+    def score_reference(self, batches):
+        return [torch.full_like(b.advantages, -2.0) for b in batches]
 
 
 SETTINGS = {"epoch": 0, "optimizer_steps": 2, "token_budget": 40, "max_completion_length": 8}
@@ -43,8 +52,8 @@ SETTINGS = {"epoch": 0, "optimizer_steps": 2, "token_budget": 40, "max_completio
 def test_groups_without_spread_are_in_no_numerator_and_no_denominator():
     useful = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 0.5], [1, 3])]
     useless = [group(2, [1.0, 1.0]), group(3, [0.0, 0.0]), group(4, [0.1, 0.1])]
-    mixed = build_phase([useless[0], useful[0], useless[1], useful[1], useless[2]], minus_one, **SETTINGS)
-    alone = build_phase(useful, minus_one, **SETTINGS)
+    mixed = build_phase([useless[0], useful[0], useless[1], useful[1], useless[2]], Constant(), **SETTINGS)
+    alone = build_phase(useful, Constant(), **SETTINGS)
     assert len(mixed.micro_batches) == len(alone.micro_batches) == 2
     for ours, theirs in zip(mixed, alone, strict=True):
         assert ours.row_lengths == theirs.row_lengths
@@ -57,7 +66,7 @@ def test_groups_without_spread_are_in_no_numerator_and_no_denominator():
 
 
 def test_the_loss_weights_of_a_step_are_a_mean_over_its_tokens():
-    phase = build_phase([group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])], minus_one, **SETTINGS)
+    phase = build_phase([group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])], Constant(), **SETTINGS)
     assert [b.loss_weights.sum().item() / phase.accumulate for b in phase] == pytest.approx([1, 1])
     first = phase.micro_batches[0]
     assert first.loss_weights.tolist() == pytest.approx([1 / 7] * 7)
@@ -67,21 +76,18 @@ def test_the_loss_weights_of_a_step_are_a_mean_over_its_tokens():
         assert first.advantages[first.sequence_index == i].tolist() == pytest.approx([expected[n]] * n)
 
 
-def test_old_and_reference_log_probs_come_from_the_scorer_and_the_mismatch_is_measured():
-    phase = build_phase([group(0, [1.0, 0.0], [2, 5])], minus_one, **SETTINGS)
+def test_old_and_reference_log_probs_come_from_the_scorer():
+    phase = build_phase([group(0, [1.0, 0.0], [2, 5])], Constant(), **SETTINGS)
     (batch,) = phase
     assert batch.old_logprobs.tolist() == [-1.0] * 7
     assert batch.ref_logprobs.tolist() == [-2.0] * 7
     assert sorted(batch.generator_logprobs.tolist()) == pytest.approx(
         sorted([-0.1, -0.2, -0.1, -0.2, -0.3, -0.4, -0.5])
     )
-    differences = [0.9, 0.8, 0.9, 0.8, 0.7, 0.6, 0.5]
-    assert phase.metrics["mismatch/logprob_abs_mean"] == pytest.approx(sum(differences) / 7, rel=1e-6)
-    assert phase.metrics["mismatch/logprob_abs_max"] == pytest.approx(0.9)
 
 
 def test_a_phase_without_a_useful_group_is_one_empty_micro_batch():
-    phase = build_phase([group(0, [1.0, 1.0])], minus_one, **SETTINGS)
+    phase = build_phase([group(0, [1.0, 1.0])], Constant(), **SETTINGS)
     assert len(phase) == 1
     assert phase.accumulate == 1
     assert phase.micro_batches[0].targets.numel() == 0
@@ -130,7 +136,7 @@ def advantages(phase):
 def test_kept_groups_without_spread_count_in_the_denominator_only():
     groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [1.0, 1.0], [3, 6])]
     settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
-    phase = build_phase(groups, minus_one, **settings, no_spread="keep")
+    phase = build_phase(groups, Constant(), **settings, no_spread="keep")
     weights = [w for b in phase for w in b.loss_weights.tolist()]
     assert weights == pytest.approx([phase.accumulate / 16] * 16)
     assert advantages(phase) == {2: [0.5], 5: [-0.5], 3: [0.0], 6: [0.0]}
@@ -146,7 +152,7 @@ def test_what_a_truncated_completion_gets():
     settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
 
     def built(rule):
-        return build_phase(groups, minus_one, **settings, truncated=rule)
+        return build_phase(groups, Constant(), **settings, truncated=rule)
 
     # Its score: the first group has spread, the second has none.
     assert advantages(built("score")) == {
@@ -184,7 +190,7 @@ def test_replies_count_for_the_overlong_penalty_as_for_the_limit():
 
 def test_kept_groups_without_task_spread_get_no_advantage_from_their_lengths():
     groups = [group(0, [0.0, 0.0], [2, 8])]
-    phase = build_phase(groups, minus_one, **SETTINGS, no_spread="keep", overlong_buffer=4)
+    phase = build_phase(groups, Constant(), **SETTINGS, no_spread="keep", overlong_buffer=4)
     assert advantages(phase) == {2: [0.0], 8: [0.0]}
 
 
@@ -199,7 +205,7 @@ def test_spread_is_more_than_rounding_and_knows_the_rule_of_truncation():
 def test_spread_is_judged_before_shaping():
     groups = [group(0, [1.0, 1.0], [2, 8]), group(1, [1.0, 0.0], [3, 7])]
     settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
-    phase = build_phase(groups, minus_one, **settings, overlong_buffer=4)
+    phase = build_phase(groups, Constant(), **settings, overlong_buffer=4)
     assert advantages(phase) == {3: [pytest.approx(0.875)], 7: [pytest.approx(-0.875)]}  # of 1 and 0 - 0.75
 
 
@@ -210,8 +216,8 @@ def test_a_phase_trains_on_no_more_groups_than_it_is_for_and_as_often_as_it_is_t
         group(2, [0.0, 1.0], [3, 4]),
         group(3, [0.0, 1.0], [5, 6]),
     ]
-    phase = build_phase(groups, minus_one, **SETTINGS, max_groups=2, passes=3)
-    once = build_phase(groups[:3], minus_one, **SETTINGS)
+    phase = build_phase(groups, Constant(), **SETTINGS, max_groups=2, passes=3)
+    once = build_phase(groups[:3], Constant(), **SETTINGS)
     assert len(phase) == 3 * len(once)
     assert advantages(phase).keys() == {1, 2, 3, 4}
     for i, batch in enumerate(phase):
@@ -221,7 +227,7 @@ def test_a_phase_trains_on_no_more_groups_than_it_is_for_and_as_often_as_it_is_t
 def test_tokens_of_an_environment_are_context_and_have_no_loss_weight():
     rollout = replace(group(0, [1.0], [6]).rollouts[0], sampled=(True, True, False, False, True, True), truncated=False)
     other = group(0, [0.0], [3]).rollouts[0]
-    phase = build_phase([RolloutGroup(prompt(0), (rollout, other))], minus_one, **SETTINGS)
+    phase = build_phase([RolloutGroup(prompt(0), (rollout, other))], Constant(), **SETTINGS)
     (batch,) = phase
     assert batch.input_ids.tolist() == [10, 11, 12, 40, 41, 42, 43, 44, 40, 41]  # one prompt for both
     assert batch.targets.tolist() == [40, 41, 44, 45, 40, 41, 42]
@@ -244,8 +250,8 @@ def test_only_sampled_tokens_are_targets(masks):
 def test_kept_groups_without_task_spread_change_no_advantage_of_the_others():
     useful = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 0.5], [1, 3])]
     settings = {**SETTINGS, "advantage": "batch_std", "overlong_buffer": 4}
-    alone = advantages(build_phase(useful, minus_one, **settings))
-    kept = advantages(build_phase([*useful, group(2, [0.0, 0.0], [4, 8])], minus_one, **settings, no_spread="keep"))
+    alone = advantages(build_phase(useful, Constant(), **settings))
+    kept = advantages(build_phase([*useful, group(2, [0.0, 0.0], [4, 8])], Constant(), **settings, no_spread="keep"))
     assert kept == {**alone, 4: [0.0], 8: [0.0]}
     # Shaped: 1, 0 - 0.25 and 0, 0.5; centred: +-0.625 and +-0.25.
     deviation = ((2 * 0.625**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-6
@@ -258,38 +264,20 @@ def mismatched(*differences):
     return replace(batch, old_logprobs=torch.tensor(differences) - 3)
 
 
-def test_the_mismatch_is_a_mean_and_a_maximum_over_the_tokens_of_all_micro_batches():
-    batches = [mismatched(0.5, -0.25), mismatched(-2.0), MicroBatch.from_sequences([])]
-    metrics = mismatch_metrics(batches)
-    assert metrics == {"mismatch/logprob_abs_mean": 2.75 / 3, "mismatch/logprob_abs_max": 2.0}
-    empty = mismatch_metrics([MicroBatch.from_sequences([])])
-    assert empty == {"mismatch/logprob_abs_mean": 0.0, "mismatch/logprob_abs_max": 0.0}
-    assert mismatch_metrics([mismatched(0.5)])["mismatch/logprob_abs_mean"] == 0.5
-
-
-def test_the_mismatch_is_that_of_all_ranks(tmp_path):
-    shares = [[mismatched(0.5, -0.25), mismatched(-0.125)], [mismatched(-2.0)], [MicroBatch.from_sequences([])]]
-    found = in_forks(tmp_path, 3, lambda rank: mismatch_metrics(shares[rank]))
-    assert found == [{"mismatch/logprob_abs_mean": 2.875 / 4, "mismatch/logprob_abs_max": 2.0}] * 3
-
-
-def test_ranks_share_a_phase_and_measure_all_of_it(tmp_path):
+def test_ranks_share_a_phase(tmp_path):
     groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])]
 
     def built(rank):
-        phase = build_phase(groups, minus_one, **{**SETTINGS, "token_budget": 9}, rank=rank, world_size=2)
+        phase = build_phase(groups, Constant(), **{**SETTINGS, "token_budget": 9}, rank=rank, world_size=2)
         return {
             "targets": [len(b.targets) for b in phase],
             "loss_weights": [sum(b.loss_weights.tolist()) for b in phase],
-            "mismatch": phase.metrics["mismatch/logprob_abs_mean"],
         }
 
     zero, one = in_forks(tmp_path, 2, built)
     assert (zero["targets"], one["targets"]) == ([5, 4], [2, 1])
     assert zero["loss_weights"] == pytest.approx([2 * 5 / 7, 2 * 4 / 5])
     assert one["loss_weights"] == pytest.approx([2 * 2 / 7, 2 * 1 / 5])
-    differences = [0.9, 0.8, 0.9, 0.8, 0.7, 0.6, 0.5, 0.9, 0.9, 0.8, 0.7, 0.6]
-    assert zero["mismatch"] == one["mismatch"] == pytest.approx(sum(differences) / 12, rel=1e-6)
 
 
 def test_a_renamed_prompt_is_the_same_problem():
@@ -305,7 +293,7 @@ def test_what_is_known_of_a_phase():
     failed = replace(group(0, [0.0], [5]).rollouts[0], failed=True, sampled=(True, True, False, False, True))
     groups = [RolloutGroup(prompt(0), (cut, failed)), group(1, [0.5, 0.5], [2, 1])]
     before = time.perf_counter()
-    phase = build_phase(groups, minus_one, **{**SETTINGS, "epoch": 7})
+    phase = build_phase(groups, Constant(), **{**SETTINGS, "epoch": 7})
     elapsed = time.perf_counter() - before
     assert (phase.epoch, phase.groups) == (7, groups)
     assert 0 < phase.metrics.pop("time/score_s") <= elapsed
@@ -317,8 +305,6 @@ def test_what_is_known_of_a_phase():
         "rollout/repetition_rate": (1 / 2) / 4,  # of two 20-grams
         "rollout/failed_rewards": 1.0,
         "rollout/kept_groups": 1.0,
-        "mismatch/logprob_abs_mean": phase.metrics["mismatch/logprob_abs_mean"],
-        "mismatch/logprob_abs_max": phase.metrics["mismatch/logprob_abs_max"],
     }
 
 
@@ -332,29 +318,54 @@ def test_the_seconds_of_scoring_are_those_of_the_scorer_alone(monkeypatch):
 
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(loop, "rollout_metrics", lambda groups: takes(100, measure(groups)))
-    phase = build_phase([group(0, [1.0, 0.0])], lambda rows: takes(7, minus_one(rows)), **SETTINGS)
+
+    class Slow(Constant):
+        def score(self, batches):
+            return takes(7, super().score(batches))
+
+    phase = build_phase([group(0, [1.0, 0.0])], Slow(), **SETTINGS)
     assert phase.metrics["time/score_s"] == 7
 
 
 @pytest.mark.parametrize(("settings", "sizes"), [({}, [2, 3]), ({"quadratic_cost": 1.0}, [1, 4])])
 def test_micro_batches_are_balanced_by_cost_within_the_budget(settings, sizes):
     groups = [group(0, [1.0, 0.0, 0.0, 0.0, 0.0], [5, 2, 2, 2, 1])]  # after a prompt of 3
-    phase = build_phase(groups, minus_one, **{**SETTINGS, "token_budget": 12}, **settings)
+    phase = build_phase(groups, Constant(), **{**SETTINGS, "token_budget": 12}, **settings)
     assert phase.accumulate == 2
     assert sorted(int(b.sequence_index.max()) + 1 for b in phase) == sizes
 
 
 def test_a_scorer_that_leaves_micro_batches_out_is_noticed():
-    with pytest.raises(ValueError, match="shorter"):
-        build_phase([group(0, [1.0, 0.0])], lambda batches: [], **SETTINGS)
+    for part in ("score", "score_reference"):
+        scorer = Constant()
+        setattr(scorer, part, lambda batches: [])
+        with pytest.raises(ValueError, match="shorter"):
+            build_phase([group(0, [1.0, 0.0])], scorer, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scored"),
+    [
+        ({}, [True, False, False, True, True, True]),
+        ({"passes": 2}, [True] * 12),
+        ({"mismatch_correction": "truncate"}, [True] * 6),
+    ],
+)
+def test_what_the_first_step_computes_itself_is_not_scored(settings, scored):
+    """But its first micro-batch, and what a later pass or a correction needs."""
+    groups = [group(i, [1.0, 0.0, 0.0], [6, 6, 6]) for i in range(2)]
+    phase = build_phase(groups, Constant(), **{**SETTINGS, "token_budget": 11, **settings})
+    assert phase.accumulate == 3
+    assert [b.old_logprobs is not None for b in phase] == scored
+    assert all((b.ref_logprobs == -2).all() and len(b.targets) == 6 for b in phase)
 
 
 def test_a_phase_takes_the_settings_of_averaging_and_mismatch():
     settings = {**SETTINGS, "averaging": "sequence_sum", "advantage": "group_mean"}
-    (plain,) = build_phase([group(0, [1.0, 0.0], [2, 5])], minus_one, **settings)
+    (plain,) = build_phase([group(0, [1.0, 0.0], [2, 5])], Constant(), **settings)
     assert plain.loss_weights.tolist() == pytest.approx([1 / (2 * 8)] * 7)
     bounds = {"mismatch_correction": "mask", "mismatch_bounds": (0.42, 1.0)}
-    (masked,) = build_phase([group(0, [1.0, 0.0], [2, 5])], minus_one, **settings, **bounds)
+    (masked,) = build_phase([group(0, [1.0, 0.0], [2, 5])], Constant(), **settings, **bounds)
     ratios = (masked.old_logprobs - masked.generator_logprobs).exp()  # e^-0.9 ... e^-0.5
     expected = plain.advantages * ratios * (ratios > 0.42)
     assert 0 < expected.count_nonzero() < 7

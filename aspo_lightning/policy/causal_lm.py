@@ -90,6 +90,8 @@ class ScoredCausalLM(nn.Module):
         with lm.device:
             if settings.lora_rank:
                 add_lora(lm, settings.lora_rank, settings.lora_alpha)
+        if dtype == torch.float64:
+            lm.set_experts_implementation("eager")  # the grouped product of experts takes no float64
         if settings.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(lm.train(), chunk_size=settings.chunk_size)

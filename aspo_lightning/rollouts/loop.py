@@ -12,7 +12,7 @@ curriculum ── prompts ──┤                                       draw
                         │
 optimizer steps × micro-batches × ranks, loss weights           pack
                         │
-policy and reference ──► old and reference log-probs            score, and the mismatch with the engine's
+policy and reference ──► old and reference log-probs            score
                         │
                         ▼
                       Phase ──► training_step, batch by batch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from aspo_lightning.curriculum import Curriculum
 from aspo_lightning.engines.base import Engine, engine_errors
-from aspo_lightning.rollouts.mismatch import Probe, correct_mismatch, mismatch_metrics
+from aspo_lightning.rollouts.mismatch import Probe, correct_mismatch
 from aspo_lightning.rollouts.packing import pack, plan_phase
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings
@@ -37,16 +37,18 @@ from aspo_lightning.types import MicroBatch, Phase, Prompt, RolloutGroup
 
 
 class Scorer(Protocol):
-    """What scores micro-batches: ``ASPOModule.score``, in module.py."""
+    """What scores micro-batches: see ``ASPOModule``, in module.py."""
 
     def shares_prompts(self) -> bool:
         """Whether a prompt is computed once for its completions in a micro-batch."""
         ...
 
-    def score(
-        self, batches: Sequence[MicroBatch], without_reference: Sequence[MicroBatch] = ()
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(old_logprobs[N], ref_logprobs[N]) of each, on the CPU. Those ``without_reference`` come last."""
+    def score(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """The policy's log-probs[N] of each, on the CPU."""
+        ...
+
+    def score_reference(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """The reference's log-probs[N] of each, on the CPU."""
         ...
 
 
@@ -147,23 +149,33 @@ class Rollouts:
         )
         rows = pack([s for group in sequences for s in group], plan, settings.averaging, limit, rank, world_size)
         start = time.perf_counter()
-        scored = self.score(scorer, rows, probe)
+        scored = self.score(scorer, rows, plan.accumulate, probe)
         score_s = time.perf_counter() - start
         metrics = {
             **rollout_metrics(groups),
             "rollout/kept_groups": float(len(kept)),
             "time/score_s": score_s,
-            **mismatch_metrics(scored),
         }
         corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
         return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics)
 
-    def score(self, scorer: Scorer, rows: Sequence[MicroBatch], probe: MicroBatch | None) -> list[MicroBatch]:
-        """The rows with old and reference log-probs; and the probe's: a sharded model is gathered once for both."""
-        scores = scorer.score(rows, without_reference=[probe] if probe else [])
+    def score(
+        self, scorer: Scorer, rows: Sequence[MicroBatch], accumulate: int, probe: MicroBatch | None
+    ) -> list[MicroBatch]:
+        """The rows with old and reference log-probs; and the probe's: a sharded model is gathered once for both.
+
+        Those of the first optimizer step get no old ones where nothing needs them but the step itself, which computes
+        the same. But the first: ``RatioCanary`` sees whether it is the same.
+        """
+        settings = self.settings
+        needed = settings.passes > 1 or settings.mismatch_correction != "off"
+        scored = [i for i in range(len(rows)) if needed or not 0 < i < accumulate]
+        logprobs = scorer.score([*([probe] if probe else []), *(rows[i] for i in scored)])
         if self.probe and probe:
-            self.probe.check(probe, scores.pop()[0])
-        return [replace(row, old_logprobs=old, ref_logprobs=ref) for row, (old, ref) in zip(rows, scores, strict=True)]
+            self.probe.check(probe, logprobs.pop(0))
+        old = dict(zip(scored, logprobs, strict=True))
+        reference = zip(rows, scorer.score_reference(rows), strict=True)
+        return [replace(row, old_logprobs=old.get(i), ref_logprobs=ref) for i, (row, ref) in enumerate(reference)]
 
 
 def sync(engine: Engine, policy: Policy) -> float:

@@ -1,26 +1,15 @@
-"""How far the engine is from the trainer: measures, corrections, and the probe after each sync."""
+"""How far the engine is from the trainer: corrections, and the probe after each sync."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from aspo_lightning.collectives import gather
 from aspo_lightning.engines import Engine, SamplingRequest
 from aspo_lightning.engines.base import generate
 from aspo_lightning.errors import RESUME, RunError
 from aspo_lightning.rollouts.settings import MismatchCorrection
 from aspo_lightning.types import MicroBatch
-
-
-def mismatch_metrics(batches: Sequence[MicroBatch]) -> dict[str, float]:
-    """|old - engine log-prob| over the response tokens of all ranks: how far engine and trainer are apart."""
-    difference = torch.cat([(b.old_logprobs - b.generator_logprobs).abs().double() for b in batches])
-    largest = difference.max().item() if len(difference) else 0.0
-    sums, tokens, maxima = zip(*gather((difference.sum().item(), len(difference), largest)), strict=True)
-    return {"mismatch/logprob_abs_mean": sum(sums) / max(1, sum(tokens)), "mismatch/logprob_abs_max": max(maxima)}
 
 
 def correct_mismatch(batch: MicroBatch, correction: MismatchCorrection, bounds: tuple[float, float]) -> MicroBatch:
@@ -31,6 +20,7 @@ def correct_mismatch(batch: MicroBatch, correction: MismatchCorrection, bounds: 
     """
     if correction == "off":
         return batch
+    assert batch.old_logprobs is not None
     low, high = bounds
     ratio = (batch.old_logprobs - batch.generator_logprobs).clamp(-20, 20).exp()
     weight = ratio.clamp(max=high) if correction == "truncate" else ratio * ((ratio >= low) & (ratio <= high))

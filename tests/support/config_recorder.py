@@ -40,7 +40,12 @@ class ConfigRecorder(Callback):
                     for group in phase.groups
                 ],
                 # Of its median token: in a mixture of experts single tokens go to other experts in the engine.
-                "mismatch": torch.cat([b.old_logprobs - b.generator_logprobs for b in phase]).abs().median().item(),
+                "mismatch": torch.cat(
+                    [old - b.generator_logprobs for b in phase if (old := b.old_logprobs) is not None]
+                )
+                .abs()
+                .median()
+                .item(),
                 "losses": [],
                 "log_ratios": [],
                 "inputs": [],

@@ -3,7 +3,8 @@
 import math
 import os
 import sys
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -22,6 +23,7 @@ SHARDED = {
     "sharded, reduced each time": {"reduce_each_micro_batch": True},
     "sharded, on the host": {"cpu_offload": True},
 }
+LORA = {"lora_rank": 2, "lora_alpha": 8.0}
 AVERAGING = ("token_mean", "sequence_mean", "sequence_sum")
 
 
@@ -44,15 +46,25 @@ def drift(token: int, factor: float) -> float:
     return 0.4 * math.sin(factor * token)
 
 
-def budgets(groups):
-    """A token budget for each number of micro-batches, on one rank and on two."""
-    lengths = [(len(g.prompt.prompt_ids), [len(r.completion_ids) for r in g.rollouts]) for g in groups]
+def drifted(batch, old):
+    """As if several updates had come since the policy and the reference scored ``batch``."""
+
+    def drifts(factor):
+        return torch.tensor([drift(token, factor) for token in batch.targets.tolist()], dtype=old.dtype)
+
+    return replace(batch, old_logprobs=old + drifts(7), ref_logprobs=batch.ref_logprobs + drifts(3))
+
+
+@cache
+def budgets(shared):
+    """A token budget for each number of micro-batches, on one rank and on two, with prompts shared or repeated."""
+    lengths = [(len(g.prompt.prompt_ids), [len(r.completion_ids) for r in g.rollouts]) for g in make_groups()]
     longest = max(prompt + max(completions) for prompt, completions in lengths)
-    total = sum(prompt + sum(completions) for prompt, completions in lengths)
+    total = sum(prompt * len(completions) + sum(completions) for prompt, completions in lengths)
     found = {}
     for budget in range(longest, total + 1):
         for world_size in (1, 2):
-            plan = plan_phase(lengths, optimizer_steps=1, world_size=world_size, token_budget=budget)
+            plan = plan_phase(lengths, optimizer_steps=1, world_size=world_size, token_budget=budget, shared=shared)
             found[world_size, plan.accumulate] = budget
     return found
 
@@ -63,17 +75,10 @@ class OneStep(LightningDataModule):
         self.settings = settings
 
     def train_dataloader(self):
-        def scorer(batches):
-            scores = self.trainer.lightning_module.score(batches)
-            for batch, (old, ref) in zip(batches, scores, strict=True):
-                for i, token in enumerate(batch.targets.tolist()):
-                    old[i] += drift(token, 7)
-                    ref[i] += drift(token, 3)
-            return scores
-
+        module = self.trainer.lightning_module
         phase = build_phase(
             make_groups(),
-            scorer,
+            module,
             epoch=0,
             optimizer_steps=1,
             max_completion_length=MAX_LENGTH,
@@ -83,10 +88,19 @@ class OneStep(LightningDataModule):
         )
         self.trainer.accumulate_grad_batches = phase.accumulate
         self.accumulate = phase.accumulate
-        return phase
+        scores = zip(phase, module.score(phase.micro_batches), strict=True)
+        return replace(phase, micro_batches=[drifted(batch, old) for batch, old in scores])
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
         return batch.to(device)
+
+
+@torch.no_grad()
+def move_adapters(lm):
+    """From their beginning, where one of their gradients is zero, to the same place each time."""
+    for parameter in lm.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(torch.arange(parameter.numel(), dtype=parameter.dtype).sin().view_as(parameter) / 10)
 
 
 class Gradients(Callback):
@@ -94,10 +108,15 @@ class Gradients(Callback):
         self.packs = packs
 
     def on_fit_start(self, trainer, pl_module):
-        pl_module.policy.packs = pl_module.reference.packs = self.packs
+        for model in (pl_module.policy, pl_module.reference):
+            if model is not None:  # adapters need no reference
+                model.packs = self.packs
+        if pl_module.settings.lora_rank:
+            move_adapters(pl_module.policy)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients = torch.cat([full_tensor(p.grad).flatten() for p in pl_module.parameters()]).clone()
+        trained = [p for p in pl_module.parameters() if p.requires_grad]
+        self.gradients = torch.cat([full_tensor(p.grad).flatten() for p in trained]).clone()
 
 
 def gradient(
@@ -113,7 +132,7 @@ def gradient(
         optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
         **settings,
     )
-    data = OneStep(averaging=averaging, token_budget=budgets(make_groups())[ranks, k])
+    data = OneStep(averaging=averaging, token_budget=budgets(packs)[ranks, k])
     capture = Gradients(packs)
     Trainer(
         accelerator="cpu",
@@ -132,7 +151,7 @@ def gradient(
 
 
 def main() -> None:
-    model, out, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    model, experts, out, ranks = *sys.argv[1:4], int(sys.argv[4])
     step = partial(gradient, model, ranks)
     results = {
         (dtype, averaging, k, packs): step(k, packs=packs, averaging=averaging, dtype=dtype)
@@ -147,5 +166,7 @@ def main() -> None:
             results[name, k] = step(k, dtype="float64", strategy=FSDP2Strategy(**strategy))
         name = "sharded, recomputed"
         results[name, k] = step(k, dtype="float64", strategy=FSDP2Strategy(), gradient_checkpointing=True)
+        results["adapters", k] = step(k, dtype="float64", **LORA)
+        results["experts", k] = gradient(experts, ranks, k, dtype="float64")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         torch.save(results, out)

@@ -10,7 +10,7 @@ from aspo_lightning.types import Phase
 
 def build_phase(
     groups,
-    score,
+    scorer,
     *,
     epoch,
     token_budget,
@@ -21,7 +21,7 @@ def build_phase(
     quadratic_cost=0.0,
     **settings,
 ) -> Phase:
-    """What a rank trains on, of given groups. ``score`` gives (old, reference) log-probs of each micro-batch."""
+    """What a rank trains on, of given groups."""
     settings = RolloutSettings(
         prompts_per_phase=max_groups or len(groups),
         max_prompt_length=max(1, token_budget - max_completion_length),
@@ -31,5 +31,4 @@ def build_phase(
     )
     sampler = SimpleNamespace(rank=rank, world_size=world_size)
     rollouts = Rollouts(sampler, Shuffled(), [], settings, quadratic_cost=quadratic_cost)
-    scorer = SimpleNamespace(shares_prompts=lambda: True, score=lambda rows, without_reference: score(rows))
     return rollouts.train_on(groups, scorer, epoch)

@@ -43,7 +43,11 @@ class RankRecorder(Callback):
                 "completions": [(g.prompt.id, r.completion_ids, r.reward) for g in phase.groups for r in g.rollouts],
                 "accumulate": phase.accumulate,
                 "tokens": sum(len(batch.targets) for batch in phase.micro_batches),
-                "kl": max((b.old_logprobs - b.ref_logprobs).abs().max().item() for b in phase if len(b.targets)),
+                "kl": max(
+                    (b.old_logprobs - b.ref_logprobs).abs().max().item()
+                    for b in phase
+                    if b.old_logprobs is not None and len(b.targets)
+                ),
             }
         )
         requests = [SamplingRequest(prompt, 8, seed=5) for prompt in PROBE]
@@ -52,7 +56,7 @@ class RankRecorder(Callback):
             [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
             generator_logprobs=[c.generator_logprobs for c in completions],
         )
-        self.probes.append((pl_module.score([batch])[0][0] - batch.generator_logprobs).abs().max().item())
+        self.probes.append((pl_module.score([batch])[0] - batch.generator_logprobs).abs().max().item())
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.fault and trainer.current_epoch == 1:
@@ -72,7 +76,7 @@ class RankRecorder(Callback):
     def on_train_end(self, trainer, pl_module):
         record = {key: getattr(self, key) for key in ("phases", "gradients", "probes", "synced")}
         batch = MicroBatch.from_sequences([(prompt, range(60, 70)) for prompt in PROBE])
-        record["logprobs"] = pl_module.score([batch])[0][0]
+        record["logprobs"] = pl_module.score([batch])[0]
         record["weights"] = {name: tensor.clone() for name, tensor in pl_module.policy_weights()}
         with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast:
             record["half"] = {name: tensor.clone() for name, tensor in pl_module.policy_weights(torch.bfloat16)}
