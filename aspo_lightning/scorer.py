@@ -16,6 +16,9 @@ R = TypeVar("R")
 CHUNK_SIZE = 4096
 """Vocabulary entries, unless given: on a GPU few large kernels. See also ``_chunk_size``."""
 
+KEPT_LOGITS = 2**25
+"""The most logits that a CPU keeps for backward, 128 MiB, instead of computing them again."""
+
 
 def token_logprobs(
     hidden: Tensor,
@@ -33,7 +36,8 @@ def token_logprobs(
     With logits = hidden weight^T + bias. Under autocast both factors are rounded to its dtype; the logits stay float32.
 
     The vocabulary is passed through in chunks, as an online softmax; backward computes each chunk's logits again. So
-    memory beyond the gradients is a few [N, chunk_size] buffers instead of several [N, V].
+    memory beyond the gradients is a few [N, chunk_size] buffers instead of several [N, V]. But a CPU keeps logits up to
+    ``KEPT_LOGITS``.
 
     Args:
         hidden: [N, H] last hidden states at the positions that predict the targets.
@@ -53,24 +57,31 @@ def token_logprobs(
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    keeps = device == "cpu" and torch.is_grad_enabled() and softcap is None and len(hidden) * len(weight) <= KEPT_LOGITS
     with torch.autocast(device, enabled=False):
-        return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad)
+        return _TokenLogprobs.apply(
+            hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad, keeps
+        )
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad):
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, chunk_size, entropy_grad, keeps):
         dtype, n = _logit_dtype(hidden), len(hidden)
         zeros = hidden.new_zeros(n, dtype=dtype)
         sums = Sums(zeros, hidden.new_full((n,), torch.finfo(dtype).min, dtype=dtype), zeros, zeros)
         add = _compiled(_add) if hidden.is_cuda else _add
+        kept = []
         for v in _chunks(len(weight), chunk_size):
             logits, _ = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)  # [N, B]
             sums = add(sums, logits, targets - v.start)
+            if keeps:
+                kept.append((logits, sums.top))  # less the top
         lse = sums.top + sums.total.log()
         entropy = sums.total.log() - sums.moment / sums.total
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.settings = (temperature, softcap, chunk_size, entropy_grad)
+        ctx.kept = iter(kept)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return sums.target - lse, entropy
@@ -88,22 +99,25 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient = _compiled(_gradient) if hidden.is_cuda else _gradient
         hidden_t = hidden.T.contiguous() if need_weight else hidden.T  # once, not for each chunk's product
         for v in _chunks(len(weight), chunk_size):
-            logits, slope = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)
-            grad = gradient(logits, targets - v.start, lse, entropy, grad_logprobs, grad_entropy)
+            logits, top = next(ctx.kept, (None, 0))  # used up: a second backward computes them again
+            slope = None
+            if logits is None:
+                logits, slope = _logits(hidden, weight[v], None if bias is None else bias[v], temperature, softcap)
+            grad = gradient(logits, targets - v.start, lse - top, entropy, grad_logprobs, grad_entropy)
             if slope is not None:
                 grad.mul_(slope)
             if temperature != 1:
                 grad.div_(temperature)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden += matmul(grad, weight[v].to(hidden.dtype))
+                grad_hidden += _gradient_matmul(grad, weight[v].to(hidden.dtype))
             if grad_weight is not None:
-                grad_weight[v] = matmul(grad.T, hidden_t.T)
+                grad_weight[v] = _gradient_matmul(grad.T, hidden_t.T)
             if grad_bias is not None:
                 grad_bias[v] = grad.sum(0)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _logits(hidden, weight, bias, temperature, softcap) -> tuple[Tensor, Tensor | None]:
@@ -189,6 +203,8 @@ def _logit_dtype(hidden: Tensor) -> torch.dtype:
 
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+"""Whether this CPU multiplies 16 bits, and adds up 32."""
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -204,3 +220,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if HAS_ONEDNN and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return a @ b
+
+
+def _gradient_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``matmul`` for gradients: a CPU that multiplies bfloat16 rounds them to it, as those of its other layers are."""
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16 and HAS_BFLOAT16:
+        return a @ b
+    return matmul(a, b)

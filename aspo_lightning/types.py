@@ -162,8 +162,8 @@ class MicroBatch:
     generator_logprobs: Tensor
     """[N] float32; as the engine sampled them."""
     old_logprobs: Tensor | None
-    """[N] float32; by the trainer before the first update of the phase. None: the policy's own, when it comes to this
-    micro-batch, for nothing has been updated by then."""
+    """[N] float32; by the trainer before the first update of the phase. None: the policy's own, for there is no update
+    before this micro-batch."""
     ref_logprobs: Tensor
     """[N] float32; by the frozen reference (zeros where there is none)."""
 
@@ -232,6 +232,15 @@ class MicroBatch:
             ref_logprobs=torch.zeros(len(targets)),
         )
 
+    def first_group(self) -> "MicroBatch":
+        """The first prompt of the row and what follows it."""
+        tokens, completions = sum(self.row_lengths[0]), len(self.row_lengths[0]) - 1
+        n = int((self.sequence_index < completions).sum())
+        lengths = {"input_ids": tokens, "position_ids": tokens}
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        first = {name: x[: lengths.get(name, n)] for name, x in tensors.items()}
+        return replace(self, row_lengths=self.row_lengths[:1], **first)
+
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on ``device``."""
         tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
@@ -251,6 +260,8 @@ class Phase:
     """All that were sampled, on all ranks, kept or not."""
     metrics: dict[str, float] = field(default_factory=dict)
     """By TensorBoard tag; the same on every rank."""
+    canary: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Log-probs of the first micro-batch's first response tokens, scored before any update: see ``RatioCanary``."""
 
     def __len__(self) -> int:
         return len(self.micro_batches)

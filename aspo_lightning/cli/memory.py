@@ -21,7 +21,7 @@ from aspo_lightning.engines.base import FULL, HALF
 from aspo_lightning.fsdp import blocks
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.settings import ModelSettings
-from aspo_lightning.scorer import CHUNK_SIZE
+from aspo_lightning.scorer import CHUNK_SIZE, KEPT_LOGITS
 
 GB = 1e9
 
@@ -145,6 +145,8 @@ def plan_memory(run: Run) -> MemoryPlan:
         tokens * hidden * compute_bytes if run.gradient_checkpointing else kept / depth
     )
     update["scorer"] = tokens * (3 * min(run.chunk_size or CHUNK_SIZE, vocabulary) + 2 * hidden) * FULL
+    if not run.on_gpu and tokens * vocabulary <= KEPT_LOGITS:
+        update["kept logits"] = tokens * vocabulary * FULL
 
     if run.on_gpu:
         allocated = sum(always.values()) + sum(update.values()) - always["libraries and runtime"]

@@ -174,7 +174,8 @@ def packed_attention(
     """
     device = query.device.type
     if torch.is_autocast_enabled(device):  # rotary embeddings turn queries and keys into float32 there, not values
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if _has_kernel(query):
         if packing.keys is not None:
             key, value = (x.index_select(0, packing.keys) for x in (key, value))
@@ -192,7 +193,8 @@ def packed_attention(
         )
         assert isinstance(output, Tensor)  # a pair only where the log-sum-exp is asked for
         return output
-    outputs = [_sdpa(query, key, value, batch, scale, window) for batch in packing.batches]
+    with torch.autocast(device, enabled=False):
+        outputs = [_sdpa(query, key, value, batch, scale, window) for batch in packing.batches]
     return torch.cat(outputs)[packing.place]
 
 

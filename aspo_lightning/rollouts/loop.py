@@ -149,7 +149,7 @@ class Rollouts:
         )
         rows = pack([s for group in sequences for s in group], plan, settings.averaging, limit, rank, world_size)
         start = time.perf_counter()
-        scored = self.score(scorer, rows, plan.accumulate, probe)
+        scored, canary = self.score(scorer, rows, plan.accumulate, probe)
         score_s = time.perf_counter() - start
         metrics = {
             **rollout_metrics(groups),
@@ -157,25 +157,27 @@ class Rollouts:
             "time/score_s": score_s,
         }
         corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
-        return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics)
+        return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics, canary)
 
     def score(
         self, scorer: Scorer, rows: Sequence[MicroBatch], accumulate: int, probe: MicroBatch | None
-    ) -> list[MicroBatch]:
-        """The rows with old and reference log-probs; and the probe's: a sharded model is gathered once for both.
+    ) -> tuple[list[MicroBatch], Tensor]:
+        """The rows with old and reference log-probs, and the canary; the probe is looked at on the way.
 
-        Those of the first optimizer step get no old ones where nothing needs them but the step itself, which computes
-        the same. But the first: ``RatioCanary`` sees whether it is the same.
+        The old log-probs of the first optimizer step are what it computes itself: its rows get none, where nothing
+        needs them before or after it. But its first group is the canary: scored, to be compared with what is trained.
         """
         settings = self.settings
         needed = settings.passes > 1 or settings.mismatch_correction != "off"
-        scored = [i for i in range(len(rows)) if needed or not 0 < i < accumulate]
-        logprobs = scorer.score([*([probe] if probe else []), *(rows[i] for i in scored)])
+        unscored = [] if needed else rows[:accumulate]
+        rest = rows[len(unscored) :]
+        # In one call: a sharded model is gathered once.
+        logprobs = scorer.score([*([probe] if probe else []), rows[0].first_group(), *rest])
         if self.probe and probe:
             self.probe.check(probe, logprobs.pop(0))
-        old = dict(zip(scored, logprobs, strict=True))
-        reference = zip(rows, scorer.score_reference(rows), strict=True)
-        return [replace(row, old_logprobs=old.get(i), ref_logprobs=ref) for i, (row, ref) in enumerate(reference)]
+        canary, *later = logprobs
+        scores = zip(rows, [*(None for _ in unscored), *later], scorer.score_reference(rows), strict=True)
+        return [replace(row, old_logprobs=own, ref_logprobs=ref) for row, own, ref in scores], canary
 
 
 def sync(engine: Engine, policy: Policy) -> float:

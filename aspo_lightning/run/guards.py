@@ -78,7 +78,8 @@ class RatioCanary(Callback):
     They aren't if temperature, mask or dropout differ between scoring and training.
 
     Args:
-        tolerance: of the mean |log ratio| of the first micro-batch. None: 1e-3 in float32, 0.02 in bfloat16.
+        tolerance: of the mean |log ratio| of the first group of the first micro-batch. None: 1e-3 in float32, 0.02 in
+            bfloat16.
     """
 
     def __init__(self, tolerance: float | None = None) -> None:
@@ -87,12 +88,14 @@ class RatioCanary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
+        if batch_idx > 0:
+            return
         assert isinstance(outputs, Mapping)
-        log_ratio: Tensor = outputs["log_ratio"]
-        if batch_idx > 0 or not len(log_ratio):
+        scored, trained = phase_of(trainer).canary, outputs["logprobs"]
+        if not len(scored):
             return
         tolerance = self.tolerance or (1e-3 if trainer.precision == "32-true" else 0.02)
-        mean = log_ratio.abs().mean().item()
+        mean = (trained[: len(scored)].to(scored.device) - scored).abs().mean().item()
         if tolerance < mean < math.inf:  # what isn't finite is NonFiniteGuard's
             raise RunError(
                 f"The first ratios of a phase must be 1, but their mean |log ratio| in epoch {trainer.current_epoch} "

@@ -47,7 +47,6 @@ class ConfigRecorder(Callback):
                 .median()
                 .item(),
                 "losses": [],
-                "log_ratios": [],
                 "inputs": [],
             }
         )
@@ -58,7 +57,9 @@ class ConfigRecorder(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         phase = self.phases[-1]
         phase["losses"].append(outputs["loss"].item())
-        phase["log_ratios"].append(outputs["log_ratio"].abs().max().item() if len(batch.targets) else 0.0)
+        if batch_idx == 0:
+            scored = trainer.datamodule.phase.canary
+            phase["canary"] = (outputs["logprobs"][: len(scored)] - scored).abs().max().item()
         phase["inputs"].append(self.inputs.copy())
 
     def on_train_epoch_end(self, trainer, pl_module):
