@@ -87,7 +87,14 @@ def ours(model: str, work: str, precision: str, phases: int, folder: Path) -> di
         },
         "data": {
             "train": {"class_path": "Dataset", "init_args": {"path": str(rows), "reward": "scripts.bench_trl.reward"}},
-            "engine": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.5, "max_num_seqs": prompts * group}},
+            "engine": {
+                "class_path": "VLLMEngine",
+                "init_args": {
+                    "dtype": "bfloat16" if precision == "bf16" else "float32",
+                    "kv_cache_gib": 0.5,
+                    "max_num_seqs": prompts * group,
+                },
+            },
             "prompts_per_phase": prompts,
             "group_size": group,
             "optimizer_steps": 2,

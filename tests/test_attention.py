@@ -158,10 +158,25 @@ def test_under_autocast_the_kernel_gets_16_bits_of_all_three(tiny_model, monkeyp
         return query
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_autocast_dtype", torch.get_autocast_dtype)
     monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         model(MicroBatch.from_sequences(sequences([5, 3])))
     assert seen == [torch.bfloat16] * 6
+
+
+def test_under_autocast_a_cpu_attends_in_32_bits(tiny_model, monkeypatch):
+    model, seen, sdpa = ScoredCausalLM.from_pretrained(tiny_model), [], attention.scaled_dot_product_attention
+
+    def recorded(query, key, value, **settings):
+        output = sdpa(query, key, value, **settings)
+        seen.extend([query.dtype, key.dtype, value.dtype, output.dtype])
+        return output
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(MicroBatch.from_sequences(sequences([5, 4])))
+    assert seen == [torch.float32] * 8  # two layers
 
 
 def sequences(lengths, vocabulary=128):

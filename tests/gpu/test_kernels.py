@@ -10,6 +10,7 @@ pytest.importorskip("peft", reason="the scorer needs peft, which isn't installed
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from aspo_lightning import scorer
 from aspo_lightning.policy.attention import Packing, packed_attention
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.scorer import matmul, token_logprobs
@@ -98,7 +99,8 @@ def test_no_tokens_have_no_log_probs_and_no_gradients(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [FULL, HALF])
-def test_the_scorer_holds_few_chunks_of_logits_and_its_host_never_waits(device, note, dtype):
+def test_the_scorer_holds_few_chunks_of_logits_and_its_host_never_waits(device, note, dtype, monkeypatch):
+    monkeypatch.setattr(scorer, "KEPT_LOGITS", 0)  # a CPU's
     tokens, vocabulary, size, chunk = on((8192, 151_936, 1536, 4096), (512, 8000, 64, 500))
     hidden, weight, targets = head(tokens, vocabulary, size, dtype)
 
