@@ -91,14 +91,20 @@ def test_long_completions_take_no_mask(monkeypatch):
         "scaled_dot_product_attention",
         lambda *args, attn_mask, **settings: masks.append(attn_mask) or sdpa(*args, attn_mask=attn_mask, **settings),
     )
-    for row_lengths, expected in (([(4, 9, 8)], []), ([(9, 4, 3)], [(4, 13)]), ([(5, 4)], [])):
+    for row_lengths, expected in (
+        ([(4, 9, 8)], []),
+        ([(9, 4, 3)], [(2, 1, 4, 13)]),
+        ([(9, 4, 3), (8, 4, 3), (8, 2, 2)], [(4, 1, 4, 13), (2, 1, 2, 10)]),  # of several prompts
+        ([(5, 4)], []),
+    ):
         masks.clear()
         assert difference(row_lengths, visible(row_lengths)) < 1e-11
         assert [tuple(mask.shape) for mask in masks if mask is not None] == expected
-    monkeypatch.setattr(attention, "_LARGEST_MASK", 50)
-    masks.clear()
-    assert difference([(9, 4, 3)], visible([(9, 4, 3)])) < 1e-11
-    assert masks == [None, None]
+    for largest, expected in ((2 * 4 * 13, [2]), (2 * 4 * 13 - 1, [1, 1]), (4 * 13 - 1, [1])):
+        monkeypatch.setattr(attention, "_LARGEST_MASK", largest)
+        masks.clear()
+        assert difference([(9, 4, 3)], visible([(9, 4, 3)])) < 1e-11
+        assert [len(mask) for mask in masks if mask is not None] == expected
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
@@ -111,13 +117,13 @@ def test_in_fewer_bits_it_is_as_near_as_they_allow(dtype, tolerance):
 
 def test_segments_of_like_length_are_computed_together():
     packing = Packing.of([(5,), (100,), (4,), (80,), (1,)])
-    assert [tuple(batch.index.shape) for batch in packing.batches] == [(2, 100), (2, 5), (1, 1)]
+    assert [tuple(batch.queries.shape) for batch in packing.batches] == [(2, 100), (2, 5), (1, 1)]
     assert packing.query_bounds.tolist() == packing.key_bounds.tolist() == [0, 5, 105, 109, 189, 190]
     assert packing.query_bounds.dtype == torch.int32
     assert packing.longest_query == packing.longest_keys == 100
     assert packing.keys is None
     packing = Packing.of([(7, 3, 0, 3, 1), (2, 5)])
-    assert [tuple(batch.index.shape) for batch in packing.batches] == [(2, 7), (2, 3), (1, 1)]
+    assert [tuple(batch.queries.shape) for batch in packing.batches] == [(2, 7), (2, 3), (1, 1)]
     assert packing.query_bounds.tolist() == [0, 7, 10, 13, 14, 21]
     assert packing.key_bounds.tolist() == [0, 7, 17, 27, 35, 42]
     prompt = list(range(7))

@@ -30,7 +30,7 @@ _LIKE = 0.75
 """The shortest segment of an SDPA batch over its longest: the rest of a segment's place there is computed in vain."""
 
 _LARGEST_MASK = 2**22
-"""Entries of a mask over a segment and its prompt: 16 MiB as the kernel takes it."""
+"""Entries of the mask of an SDPA batch: 16 MiB as the kernel takes it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Segment:
     length: int
     prompt: slice | None = None
     """None: what is in the segment is all that its tokens see."""
+
+    @property
+    def before(self) -> int:
+        """Tokens of the prompt."""
+        return self.prompt.stop - self.prompt.start if self.prompt else 0
 
     @property
     def keys(self) -> range | list[int]:
@@ -89,17 +94,14 @@ class Packing:
         """The packing of a row of prompts and their completions, see ``MicroBatch.row_lengths``."""
         parts = segments(row_lengths)
         keys = [part.keys for part in parts]
-        by_prompt: dict[int, list[Segment]] = {}
-        for part in parts:
-            by_prompt.setdefault(part.prompt.start if part.prompt else -1, []).append(part)
-        batches = [Batch.of(like) for group in by_prompt.values() for like in _like(group)]
-        tokens = torch.cat([batch.index.flatten()[batch.real] for batch in batches])
+        batches = _batches(parts)
+        tokens = torch.cat([batch.queries.flatten()[batch.real] for batch in batches])
 
         def moved(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
         query_bounds = moved([*(part.start for part in parts), parts[-1].start + parts[-1].length])
-        shared = len(by_prompt) > 1
+        shared = any(part.prompt for part in parts)
         return Packing(
             query_bounds=query_bounds,
             longest_query=max(part.length for part in parts),
@@ -111,43 +113,85 @@ class Packing:
         )
 
 
-def _like(parts: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Segments in lists of like length, the longest first."""
-    left = sorted(parts, key=lambda part: -part.length)
-    while left:
-        like = [part for part in left if part.length >= _LIKE * left[0].length]
-        yield like
-        left = left[len(like) :]
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Segments of like length with the same prompt or none, B of up to L tokens."""
+    """Segments of like length, B of up to L queries that see up to S keys."""
 
-    prompt: slice | None
-    """P tokens in the row."""
-    index: Tensor
-    """[B, L]; the segments' tokens. What comes after a segment's end is any token: causal attention doesn't look
-    there."""
+    queries: Tensor
+    """[B, L]; their tokens."""
+    keys: Tensor
+    """[B, S]; each segment's prompt and its own tokens. What comes behind them is any token: nothing looks there."""
+    first: Tensor
+    """[B, 1]; where the first query of each is among its keys."""
+    masked: bool
+    """Whether the first queries are behind the first keys: then a mask lets them see what is before them."""
     real: Tensor
-    """[tokens of these segments]; their places in the batch, flat."""
+    """[tokens of these segments]; their places among the queries, flat."""
 
     @staticmethod
-    def of(parts: Sequence[Segment]) -> "Batch":
-        within = torch.arange(max(part.length for part in parts))
-        starts, lengths = torch.tensor([(part.start, part.length) for part in parts]).T[:, :, None]
-        index = starts + within.clamp(max=lengths - 1)
-        return Batch(parts[0].prompt, index, (within < lengths).flatten().nonzero().squeeze(1))
+    def of(parts: Sequence[Segment], masked: bool) -> "Batch":
+        """Queries of the segments' own tokens if ``masked``, and of their prompts too if not."""
+        places = [(p.start, p.length, p.prompt.start if p.prompt else 0, p.before) for p in parts]
+        start, length, prompt, before = torch.tensor(places).T[:, :, None]
+        at = torch.arange(int((before + length).max()))
+        keys = torch.where(at < before, prompt + at, start + (at - before).clamp(max=length - 1))
+        if not masked:
+            real = (at >= before) & (at < before + length)
+            return Batch(keys, keys, torch.zeros_like(before), masked, _places(real))
+        own = torch.arange(int(length.max()))
+        return Batch(start + own.clamp(max=length - 1), keys, before, masked, _places(own < length))
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.prompt, self.index.to(device, non_blocking=True), self.real.to(device, non_blocking=True))
+        queries, keys, first, real = (
+            x.to(device, non_blocking=True) for x in (self.queries, self.keys, self.first, self.real)
+        )
+        return Batch(queries, keys, first, self.masked, real)
 
-    def gather(self, x: Tensor, prompt: bool) -> Tensor:
-        """[B, A, L, D] of ``x`` [T, A, D]; [B, A, P + L, D] with the prompt."""
-        own = x.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
-        if prompt and self.prompt:
-            own = torch.cat([x[self.prompt].expand(len(own), -1, -1, -1), own], 1)
-        return own.transpose(1, 2)
+    def mask(self, window: int | None) -> Tensor | None:
+        """[B, 1, L, S] bool; which keys each query sees. None: those up to its own place."""
+        length = self.keys.shape[1]
+        if not self.masked and (window is None or window >= length):
+            return None
+        query = (self.first + torch.arange(self.queries.shape[1], device=self.keys.device))[:, :, None]
+        key = torch.arange(length, device=self.keys.device)
+        seen = key <= query
+        return (seen if window is None else seen & (key > query - window))[:, None]
+
+
+def _places(real: Tensor) -> Tensor:
+    return real.flatten().nonzero().squeeze(1)
+
+
+def _batches(parts: Sequence[Segment]) -> list[Batch]:
+    """All segments, those of like length together.
+
+    Without a mask a completion's prompt attends again, in vain: that is less where the completion is the longer one,
+    and a mask of all that it sees could be large.
+    """
+
+    def masked(part: Segment) -> bool:
+        return part.length < part.before and part.length * (part.before + part.length) <= _LARGEST_MASK
+
+    whole = _like([part for part in parts if not masked(part)], lambda part: (part.before + part.length,))
+    batches = [Batch.of(like, masked=False) for like in whole]
+    for like in _like([part for part in parts if masked(part)], lambda part: (part.before, part.length)):
+        length = max(part.length for part in like)
+        most = max(1, _LARGEST_MASK // (length * (length + max(part.before for part in like))))
+        batches += [Batch.of(like[i : i + most], masked=True) for i in range(0, len(like), most)]
+    return batches
+
+
+def _like(parts: Sequence[Segment], sizes: Callable[[Segment], tuple[int, ...]]) -> Iterator[list[Segment]]:
+    """Segments in lists of like sizes, the largest first."""
+    left = sorted(parts, key=sizes, reverse=True)
+    while left:
+        like: list[Segment] = []
+        rest: list[Segment] = []
+        for part in left:
+            pairs = zip(sizes(part), sizes(left[0]), strict=True)
+            (like if all(min(pair) >= _LIKE * max(pair) for pair in pairs) else rest).append(part)
+        yield like
+        left = rest
 
 
 def packed_attention(
@@ -208,27 +252,22 @@ def _has_kernel(query: Tensor) -> bool:
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float | None, window: int | None) -> Tensor:
     """The outputs of a batch's segments, one after the other."""
-    # As many key heads as query heads, [B, A, L, D]: for fewer, a GPU's only 32-bit kernel is the one that computes all
-    # scores, [B, A, L, L].
+
+    def gather(x: Tensor, index: Tensor) -> Tensor:
+        return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # [B, heads, tokens, D]
+
+    # As many key heads as query heads: for fewer, a GPU's only 32-bit kernel is the one that computes all scores,
+    # [B, A, L, S].
     heads = query.shape[1]
     key, value = (
-        batch.gather(x, prompt=True)[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
+        gather(x, batch.keys)[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
         for x in (key, value)
     )
-    length = batch.index.shape[1]
-    before = key.shape[2] - length
-    # A mask lets the segment's tokens see the prompt's. Without one the prompt's tokens attend again, in vain; that is
-    # less where the segment is the longer, and needs no mask, which could be large.
-    masked = length < before and length * key.shape[2] <= _LARGEST_MASK
-    query = batch.gather(query, prompt=not masked)
-    mask = None
-    if masked or (window is not None and window < key.shape[2]):
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask = mask.tril(key.shape[2] - query.shape[2])
-        if window is not None:
-            mask = mask.triu(key.shape[2] - query.shape[2] + 1 - window)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return output[:, :, -length:].transpose(1, 2).flatten(0, 1)[batch.real]
+    mask = batch.mask(window)
+    output = scaled_dot_product_attention(
+        gather(query, batch.queries), key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return output.transpose(1, 2).flatten(0, 1)[batch.real]
 
 
 def _for_transformers(
