@@ -149,9 +149,7 @@ def test_in_bfloat16_logits_are_not_rounded(request, name):
     head = policy.lm.get_output_embeddings().weight
     with torch.no_grad():
         policy.lm.model.norm.weight *= 6
-        head += 0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(1))
     hidden = []
-    engine.sync_weights(full_weights(policy.lm))
 
     def watch(model):
         model.logits_processor.register_forward_pre_hook(lambda _, arguments: hidden.append(arguments[1].clone()))
@@ -159,6 +157,9 @@ def test_in_bfloat16_logits_are_not_rounded(request, name):
     engine._running().apply_model(watch)
     differences = []
     for seed in range(4):
+        with torch.no_grad():
+            head += 0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(seed))
+        engine.sync_weights(full_weights(policy.lm))
         ((_,), (completion,)) = sample(engine, seeds=[seed], temperature=1.0, prompts=PROMPTS[:1])
         logits = torch.cat(hidden).float() @ head.bfloat16().float().T
         ids = torch.tensor(completion.completion_ids)[:, None]

@@ -80,6 +80,9 @@ def test_vllm_has_what_is_patched_or_reached_into():
     assert callable(internals.VocabParallelEmbedding.weight_loader)
     assert callable(internals.QuantizeMethodBase.process_weights_after_loading)
     assert "quant_method" in assigned(internals.VocabParallelEmbedding)
+    parameters = inspect.signature(internals.apply_head).parameters
+    assert list(parameters) == list(inspect.signature(internals.float32_logits).parameters)
+    assert "_apply_head" in internals.LogitsProcessor._get_logits.__code__.co_names
     assert "moe_kernel" in assigned(internals.FusedMoEMethodBase)
     assert inspect.isfunction(internals.CpuCommunicator._all_group_ranks_share_shm_group_name)
     assert "weights_iterator" in inspect.signature(GPUModelRunner.reload_weights).parameters

@@ -7,8 +7,11 @@ in the vLLM that is installed: ``tests/test_private_names.py``.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from vllm._custom_ops import CPUDNNLGEMMHandler, create_onednn_mm, onednn_mm
 from vllm.config import set_current_vllm_config
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.weight_transfer.base import (
@@ -17,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -123,11 +127,31 @@ def without_shared_memory() -> None:
 
 
 def pack_head(model: nn.Module) -> None:
-    """Packs the head again, as the CPU build does after loading."""
+    """Packs the head again, as the CPU build does after loading; a head of 16 bits as its logits are computed."""
     for module in model.modules():
-        if isinstance(module, ParallelLMHead):
+        if not isinstance(module, ParallelLMHead):
+            continue
+        weight = module.get_parameter("weight")
+        if weight.dtype == torch.float32:
             assert isinstance(module.quant_method, QuantizeMethodBase)
             module.quant_method.process_weights_after_loading(module)
+        else:
+            packed_heads[module] = create_onednn_mm(weight.float().t())
+
+
+def float32_logits(
+    self: LogitsProcessor, lm_head: VocabParallelEmbedding, hidden_states: Tensor, embedding_bias: Tensor | None
+) -> Tensor:
+    """Logits by what ``pack_head`` has packed. vLLM would make a float32 copy of the head for each token."""
+    if (packed := packed_heads.get(lm_head)) is None:
+        return apply_head(self, lm_head, hidden_states, embedding_bias)
+    bias = None if embedding_bias is None else embedding_bias.float()
+    return onednn_mm(packed, hidden_states.float(), bias)
+
+
+packed_heads: WeakKeyDictionary[nn.Module, CPUDNNLGEMMHandler] = WeakKeyDictionary()
+apply_head = LogitsProcessor._apply_head
+LogitsProcessor._apply_head = float32_logits  # type: ignore[method-assign]
 
 
 def forget_expert_kernels(model: nn.Module) -> None:
