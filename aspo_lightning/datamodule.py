@@ -204,14 +204,14 @@ class RolloutDataModule(LightningDataModule):
         """Samples and scores the held-out task ``name`` with the current policy."""
         assert self._sampler is not None
         sync(self.engine, self._policy)
-        groups, _ = self._sampler.groups(
+        groups = self._sampler.groups(
             self.val_prompts[name],
             self.evaluations[name],
             epoch=EVALUATION_EPOCH,
             description=f"evaluate {name}",
             vote=self.evaluations[name].group_size > 1,
             journal=self.results.journal(name) if self.results else None,
-        )
+        ).groups
         self.engine.sleep()
         measurements = measure(groups, self.settings.eval_k or ())
         if self.results:
@@ -221,21 +221,16 @@ class RolloutDataModule(LightningDataModule):
     def evaluation_settings(self) -> Conditions:
         """All that the numbers of an evaluation depend on, as plain data; the policy's weights too (collective)."""
         assert self.trainer is not None
-        sampling = next(iter(self.evaluations.values()))
         return {
             "model": self.model_name_or_path,
             "weights": weights_digest(self._policy.policy_weights()),
-            "seed": sampling.seed,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "max_prompt_length": self.settings.max_prompt_length,
-            "max_completion_length": sampling.max_tokens,
             "k": self.settings.eval_k or [],
             "reward_timeout_s": self.settings.reward_timeout_s,
             "engine": describe(self.engine),
             "benchmarks": {
                 name: {
-                    "samples": self.evaluations[name].group_size,
+                    "sampling": self.evaluations[name]._asdict(),
                     "prompts": prompts_digest(self.val_prompts[name]),
                     "task": describe(task),
                 }

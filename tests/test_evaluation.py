@@ -235,7 +235,7 @@ def test_two_ranks_give_the_same_files_as_one(trained, tested, settings, request
         (["--data.val", "{}"], "There is nothing to evaluate: data.val isn't set"),
         (
             ["--out", "TESTED", "--seed_everything", "7"],
-            "holds results of another evaluation: seed is 0 there and 7 here",
+            "holds results of another evaluation: benchmarks.sums.sampling.seed is 0 there and 7 here",
         ),
         (["--out", "MODEL"], "holds something other than an evaluation"),
         (["--model", "TORN"], "is damaged"),

@@ -28,7 +28,8 @@ SETTINGS, JOURNAL = "settings.json", "journal"
 class BenchmarkConditions(TypedDict):
     """What the numbers of one benchmark depend on."""
 
-    samples: int
+    sampling: dict[str, float]
+    """By ``rollouts.settings.Sampling``."""
     prompts: str
     """Digest of its problems."""
     task: object
@@ -40,11 +41,7 @@ class Conditions(TypedDict):
     model: str
     weights: str
     """Digest."""
-    seed: int
-    temperature: float
-    top_p: float
     max_prompt_length: int
-    max_completion_length: int
     k: list[int]
     reward_timeout_s: float
     engine: object

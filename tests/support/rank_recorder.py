@@ -44,9 +44,12 @@ class RankRecorder(Callback):
                 "accumulate": phase.accumulate,
                 "tokens": sum(len(batch.targets) for batch in phase.micro_batches),
                 "kl": max(
-                    (b.old_logprobs - b.ref_logprobs).abs().max().item()
-                    for b in phase
-                    if b.old_logprobs is not None and len(b.targets)
+                    (
+                        (b.old_logprobs - b.ref_logprobs).abs().max().item()
+                        for b in phase
+                        if b.old_logprobs is not None and len(b.targets)
+                    ),
+                    default=0.0,
                 ),
             }
         )
