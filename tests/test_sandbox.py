@@ -211,18 +211,11 @@ def test_an_attack_fails(name, target, pool):
     assert left_over() == set()
 
 
-def test_the_pool_works_as_fast_after_all_attacks_as_before(target, pool):
-    def seconds():
-        start = time.monotonic()
-        assert [s.reward for s in pool.rewards([HONEST] * 10)] == [1.0] * 10
-        return time.monotonic() - start
-
-    before = min(seconds() for _ in range(3))
+def test_after_all_attacks_the_pool_scores_as_before_and_nothing_is_left(target, pool):
     port, secret, _ = target
     codes = [c.replace("PORT", str(port)).replace("SECRET", str(secret)) for _, c in list(ATTACKS.values())[:20]]
     pool.rewards([RewardItem({CODE: 1.0}, code, STDIN) for code in codes])
-    after = min(seconds() for _ in range(3))
-    assert after < 1.5 * before
+    assert [s.reward for s in pool.rewards([HONEST] * 10)] == [1.0] * 10
     assert left_over() == set()
 
 
