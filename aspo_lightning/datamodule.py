@@ -204,14 +204,14 @@ class RolloutDataModule(LightningDataModule):
         """Samples and scores the held-out task ``name`` with the current policy."""
         assert self._sampler is not None
         sync(self.engine, self._policy)
-        groups = self._sampler.groups(
+        groups, _ = self._sampler.groups(
             self.val_prompts[name],
             self.evaluations[name],
             epoch=EVALUATION_EPOCH,
             description=f"evaluate {name}",
             vote=self.evaluations[name].group_size > 1,
             journal=self.results.journal(name) if self.results else None,
-        ).groups
+        )
         self.engine.sleep()
         measurements = measure(groups, self.settings.eval_k or ())
         if self.results:

@@ -163,13 +163,9 @@ def probed(engine, tiny_model):
     return probe, policy
 
 
-def sampled(probe, engine):
-    return probe.batch([completion for _, completion in sorted(engine.generate(probe.requests(engine)))])
-
-
 @torch.no_grad()
 def look(probe, engine, policy):
-    batch = sampled(probe, engine)
+    batch = probe.sample(engine)
     probe.check(batch, policy(batch, temperature=0.8)[0])
 
 
@@ -238,7 +234,7 @@ def test_in_bfloat16_no_first_look_is_so_lucky_that_a_later_one_ends_the_run(in_
             for parameter, at_first in zip(policy.lm.parameters(), base.lm.parameters(), strict=True):
                 parameter.copy_(at_first + 1e-2 * torch.randn(at_first.shape, generator=generator).sign())
         engine.sync_weights(policy.lm.named_parameters())
-        batch = sampled(probe, engine)
+        batch = probe.sample(engine)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             looks.append((batch, policy(batch, temperature=1.0)[0]))
     for look in looks:
@@ -257,7 +253,7 @@ def test_in_bfloat16_the_probe_catches_the_weights_of_another_model(in_bfloat16)
     weights = dict(policy.lm.named_parameters())
     for swapped in (None, "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
         engine.sync_weights((n, p.flip(0) if n == swapped else p) for n, p in weights.items())
-        batch = sampled(probe, engine)
+        batch = probe.sample(engine)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             logprobs = policy(batch, temperature=1.0)[0]
         if swapped is None:

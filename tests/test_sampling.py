@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from aspo_lightning.curriculum import PassRate, Shuffled
-from aspo_lightning.engines.base import Engine, SamplingRequest
+from aspo_lightning.engines.base import Engine
 from aspo_lightning.errors import EngineError
 from aspo_lightning.evaluation.metrics import accuracy, measure
 from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
 from aspo_lightning.rollouts.loop import Rollouts
-from aspo_lightning.rollouts.sampling import Sampled, Sampler, sampling_seed
+from aspo_lightning.rollouts.sampling import Sampler, sampling_seed
 from aspo_lightning.rollouts.settings import RewardSettings, RolloutSettings, Sampling
 from aspo_lightning.rollouts.shaping import has_task_spread, rollout_metrics
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
@@ -77,7 +77,7 @@ def pool():
 
 def test_groups_are_sampled_with_their_own_seeds_and_scored(pool):
     engine, prompts = Script(), [prompt(0, 2), prompt(1, 4)]
-    groups, times, _ = Sampler(engine, pool, Counting()).groups(prompts, Sampling(3, 9, 0.7, 0.9, seed=5), epoch=2)
+    groups, times = Sampler(engine, pool, Counting()).groups(prompts, Sampling(3, 9, 0.7, 0.9, seed=5), epoch=2)
     assert [g.prompt for g in groups] == prompts
     assert [[r.reward for r in g.rollouts] for g in groups] == [[2.0] * 3, [4.0] * 3]
     assert [r.seed for r in engine.requests] == [sampling_seed(5, 2, f"p{p}", s) for p in (0, 1) for s in range(3)]
@@ -170,9 +170,7 @@ def play(pool, answers, max_tokens=50, environment="tests.support.guessing_game.
         after_reply=": ",
     )
     engine = Script([said(a) if isinstance(a, str) else a for a in answers])
-    (group,), _, _ = Sampler(engine, pool, Characters()).groups(
-        [game], Sampling(1, max_tokens, 1.0, 1.0, seed=0), epoch=0
-    )
+    (group,), _ = Sampler(engine, pool, Characters()).groups([game], Sampling(1, max_tokens, 1.0, 1.0, seed=0), epoch=0)
     return engine, group.rollouts[0]
 
 
@@ -191,22 +189,6 @@ def test_an_environment_answers_until_it_is_content(pool):
     assert len({r.seed for r in engine.requests}) == 3
 
 
-def test_what_is_asked_alongside_is_sampled_once_and_apart(pool):
-    """In the first of two turns; also on a rank without a prompt of its own."""
-    others = [SamplingRequest((9, n), 3, seed=n) for n in (4, 5)]
-    rewards = {"tests.support.guessing_game.reward": 1.0}
-    environment = "tests.support.guessing_game.environment"
-    game = Prompt("p0", (65,), "A", "A", rewards, {"secret": 7}, environment=environment, after_reply=": ")
-    for prompts, turns in (([game], ["5", "7"]), ([], [])):
-        engine = Script([*map(said, turns[:1]), said("one"), said("two"), *map(said, turns[1:])])
-        sampler = Sampler(engine, pool, Characters())
-        sampled = sampler.groups(prompts, Sampling(1, 50, 1.0, 1.0, seed=0), epoch=0, alongside=others)
-        assert [r.text for g in sampled.groups for r in g.rollouts] == ["5low: 7"] * len(prompts)
-        assert sampled.alongside == [said("one"), said("two")]
-        assert engine.requests[len(prompts) :][:2] == others
-        assert len(engine.requests) == 2 + len(turns)
-
-
 def test_an_episode_ends_when_a_turn_is_cut_off_or_no_reply_fits(pool):
     _, cut = play(pool, ["5", said("9", truncated=True)])
     assert (cut.text, cut.truncated, cut.reward) == ("5low: 9", True, 0.0)
@@ -219,7 +201,7 @@ def thought(pool, prompt_text, answers, **kwargs):
     ids = tuple(map(ord, prompt_text))
     game = Prompt("p0", ids, prompt_text, "A", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"}, **kwargs)
     engine = Script([said(a) for a in answers])
-    (group,), _, _ = Sampler(engine, pool, Characters()).groups([game], Sampling(1, 500, 1.0, 1.0, seed=0), epoch=0)
+    (group,), _ = Sampler(engine, pool, Characters()).groups([game], Sampling(1, 500, 1.0, 1.0, seed=0), epoch=0)
     return group.rollouts[0].reward
 
 
@@ -249,7 +231,7 @@ def test_a_sampling_that_goes_on_judges_thinking_all_the_same(pool):
     ids = tuple(map(ord, "A<think>"))
     game = Prompt("p0", ids, "A<think>", "A", {"aspo_lightning.rewards.math.reward": 1.0}, {"answer": "7"})
     settings = Sampling(1, 500, 1.0, 1.0, seed=0)
-    (group,), _, _ = Sampler(Script(), pool, Characters()).groups([game], settings, epoch=0, journal=Known())
+    (group,), _ = Sampler(Script(), pool, Characters()).groups([game], settings, epoch=0, journal=Known())
     assert group.rollouts[0].reward == 0.0
 
 
@@ -289,9 +271,9 @@ def test_a_phase_is_refilled_up_to_its_bound(rounds, max_refills, asked, kept):
             requests.append(missing)
             return left.pop(0)
 
-    sampler = SimpleNamespace(groups=lambda prompts, sampling, **_: Sampled(groups_of(*prompts), {"time/x_s": 1.5}, []))
+    sampler = SimpleNamespace(groups=lambda prompts, sampling, **_: (groups_of(*prompts), {"time/x_s": 1.5}))
     settings = RolloutSettings(prompts_per_phase=4, max_refills=max_refills, no_spread="refill")
-    groups, times, _ = Rollouts(sampler, Rounds(), [], settings).sample(epoch=0)
+    groups, times = Rollouts(sampler, Rounds(), [], settings).sample(epoch=0)
     assert requests == asked
     assert sum(has_task_spread(g, RewardSettings()) for g in groups) == kept
     assert times == {"time/x_s": 1.5 * sum(1 for r in rounds if r)}

@@ -1,11 +1,10 @@
 """One epoch, from the sync of the weights to scored micro-batches.
 
 policy ── weights ──► engine                                    sync
-                        │
+                        │   ──► the probe: engine = trainer?    probe
 curriculum ── prompts ──┤                                       draw
                         ▼
                    completions ──► rewards                      sample (again while too few groups are informative)
-                        │   └────► the probe                    of the engine's weights, sampled along with them
                         │
               every rank holds all groups                       keep the informative ones
                         │
@@ -13,7 +12,7 @@ curriculum ── prompts ──┤                                       draw
                         │
 optimizer steps × micro-batches × ranks, loss weights           pack
                         │
-policy and reference ──► old and reference log-probs            score; the probe: engine = trainer?
+policy and reference ──► old and reference log-probs            score
                         │
                         ▼
                       Phase ──► training_step, batch by batch
@@ -93,33 +92,30 @@ class Rollouts:
     def phase(self, policy: Policy, epoch: int) -> Phase:
         """One epoch: all its groups, and what this rank trains on. Collective."""
         sync_s = sync(self.sampler.engine, policy)
-        groups, times, probe = self.sample(epoch)
+        probe = self.probe.sample(self.sampler.engine) if self.probe else None
+        groups, times = self.sample(epoch)
         self.sampler.engine.sleep()
         learned = self.curriculum.update(groups)
         phase = self.train_on(groups, policy, epoch, probe)
         phase.metrics.update(times, **{"time/sync_s": sync_s}, **learned)
         return phase
 
-    def sample(self, epoch: int) -> tuple[list[RolloutGroup], dict[str, float], MicroBatch | None]:
-        """The groups of an epoch in the order sampled, the seconds by part, and the probe.
+    def sample(self, epoch: int) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """The groups of an epoch in the order sampled, and the seconds by part.
 
         With ``no_spread: refill`` more are sampled while too few are informative (DAPO's dynamic sampling).
         """
         settings = self.settings
         groups: list[RolloutGroup] = []
         times: dict[str, float] = {}
-        probe = None
         for attempt in range(settings.refills + 1):
             missing = settings.prompts_per_phase - sum(has_task_spread(g, settings) for g in groups)
             if missing <= 0 or not (prompts := self.draw(epoch, attempt, missing, groups)):
                 break
-            alongside = self.probe.requests(self.sampler.engine) if self.probe and attempt == 0 else []
-            sampled = self.sampler.groups(prompts, settings.sampling, epoch=epoch, alongside=alongside)
-            if self.probe and sampled.alongside:
-                probe = self.probe.batch(sampled.alongside)
-            groups += sampled.groups
-            times = {key: times.get(key, 0.0) + value for key, value in sampled.seconds.items()}
-        return groups, times, probe
+            more, seconds = self.sampler.groups(prompts, settings.sampling, epoch=epoch)
+            groups += more
+            times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
+        return groups, times
 
     def draw(self, epoch: int, attempt: int, missing: int, so_far: Sequence[RolloutGroup]) -> list[Prompt]:
         """The prompts of a first attempt; after it the ``missing`` ones, of prompts not yet drawn."""

@@ -1,15 +1,15 @@
 """How far the engine is from the trainer: corrections, and the probe after each sync."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from aspo_lightning.engines import Engine, SamplingRequest
+from aspo_lightning.engines.base import generate
 from aspo_lightning.errors import RESUME, RunError
 from aspo_lightning.rollouts.settings import MismatchCorrection
-from aspo_lightning.types import Completion, MicroBatch
+from aspo_lightning.types import MicroBatch
 
 
 def correct_mismatch(batch: MicroBatch, correction: MismatchCorrection, bounds: tuple[float, float]) -> MicroBatch:
@@ -53,19 +53,17 @@ class Probe:
         blocks = min(self.BLOCKS, (context_length - tokens - 1) // self.BLOCK)
         length = blocks * self.BLOCK + 1 if blocks else context_length - tokens
         prompt = tuple(draw.randrange(vocabulary) for _ in range(length))
-        self._requests = [SamplingRequest(prompt, tokens, seed=i, temperature=temperature) for i in range(self.SAMPLES)]
+        self.requests = [SamplingRequest(prompt, tokens, seed=i, temperature=temperature) for i in range(self.SAMPLES)]
         self.factor = factor
         self.first: float | None = None
 
-    def requests(self, engine: Engine) -> list[SamplingRequest]:
-        """What each copy of the engine is to sample, along with a phase: alone it would wait for the same layers."""
-        return [request for request in self._requests for _ in range(engine.copies)]
-
-    def batch(self, completions: Sequence[Completion]) -> MicroBatch:
-        """What the engine made of the requests, to be scored by the trainer."""
+    def sample(self, engine: Engine) -> MicroBatch:
+        """What the engine makes of the prompt, to be scored by the trainer."""
+        requests = [request for request in self.requests for _ in range(engine.copies)]
+        completions = [completion for _, completion in sorted(generate(engine, requests))]
         return MicroBatch.from_sequences(
-            [(self._requests[0].prompt_ids, completion.completion_ids) for completion in completions],
-            generator_logprobs=[completion.generator_logprobs for completion in completions],
+            [(r.prompt_ids, c.completion_ids) for r, c in zip(requests, completions, strict=True)],
+            generator_logprobs=[c.generator_logprobs for c in completions],
         )
 
     def check(self, batch: MicroBatch, logprobs: Tensor) -> None:

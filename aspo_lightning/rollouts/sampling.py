@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Unpack
+from typing import Protocol, Unpack
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from aspo_lightning.collectives import gather
 from aspo_lightning.engines.base import Engine, SamplingRequest, generate
 from aspo_lightning.rewards import Call, RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import Sampling
-from aspo_lightning.types import Completion, CompletionRecord, Known, Prompt, Rollout, RolloutGroup
+from aspo_lightning.types import CompletionRecord, Known, Prompt, Rollout, RolloutGroup
 
 SCORED_AT_ONCE = 64
 """Completions; what is scored goes to the journal in portions of this size."""
@@ -35,17 +35,6 @@ class Journal(Protocol):
     def add(self, prompt_id: str, sample: int, **known: Unpack[Known]) -> None:
         """Keeps what has become known of it."""
         ...
-
-
-class Sampled(NamedTuple):
-    """What a sampling gave."""
-
-    groups: list[RolloutGroup]
-    """In the order of the prompts, from all ranks."""
-    seconds: dict[str, float]
-    """Of generation and reward, by TensorBoard tag; of the slowest rank."""
-    alongside: list[Completion]
-    """What this rank's engine made of other requests."""
 
 
 @dataclass
@@ -110,8 +99,7 @@ class Sampler:
         description: str = "generate",
         vote: bool = False,
         journal: Journal | None = None,
-        alongside: Sequence[SamplingRequest] = (),
-    ) -> Sampled:
+    ) -> tuple[list[RolloutGroup], dict[str, float]]:
         """A group for each prompt.
 
         Args:
@@ -121,7 +109,9 @@ class Sampler:
             description: of the progress bar.
             vote: also asks what each completion answers, by the ``answer`` of its first reward.
             journal: what it knows isn't done again, and what is done is added to it. Its rollouts have no log-probs.
-            alongside: what else to sample, on each rank.
+
+        Returns:
+            The groups in the order of the prompts, and the seconds of generation and reward (of the slowest rank).
         """
         size = self.engine.tensor_parallel_size
         share = prompts[self.rank // size :: self.world_size // size]
@@ -132,9 +122,9 @@ class Sampler:
                 if completion := journal.get(episode.prompt.id, episode.sample).get("completion"):
                     episode.restore(completion, self.tokenizer)
         keep = None if self.rank % size else journal
-        turn, others = 0, list[Completion]()
-        while (active := [e for e in episodes if not e.ended]) or len(others) < len(alongside):
-            others += self._sample_turn(active, sampling, epoch, turn, description, keep, alongside[len(others) :])
+        turn = 0
+        while active := [e for e in episodes if not e.ended]:
+            self._sample_turn(active, sampling, epoch, turn, description, keep)
             self._reply([e for e in active if not e.ended], sampling.max_tokens, keep)
             turn += 1
         generated = time.perf_counter()
@@ -149,8 +139,7 @@ class Sampler:
         everywhere = gather((groups, times))
         shares = [groups for groups, _ in everywhere[::size]]
         groups = [shares[i % len(shares)][i // len(shares)] for i in range(len(prompts))]
-        seconds = {key: max(times[key] for _, times in everywhere) for key in times}
-        return Sampled(groups, seconds, others)
+        return groups, {key: max(times[key] for _, times in everywhere) for key in times}
 
     def _sample_turn(
         self,
@@ -160,9 +149,8 @@ class Sampler:
         turn: int,
         description: str,
         journal: Journal | None,
-        alongside: Sequence[SamplingRequest],
-    ) -> list[Completion]:
-        """Adds a turn of the model to each episode; ends those that nothing can follow. Returns what was alongside."""
+    ) -> None:
+        """Adds a turn of the model to each episode; ends those that nothing can follow."""
         requests = [
             SamplingRequest(
                 (*e.prompt.prompt_ids, *e.ids),
@@ -174,12 +162,8 @@ class Sampler:
             for e in episodes
         ]
 
-        others: dict[int, Completion] = {}
         with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
-            for index, completion in generate(self.engine, [*requests, *alongside]):
-                if index >= len(episodes):
-                    others[index] = completion
-                    continue
+            for index, completion in generate(self.engine, requests):
                 episode = episodes[index]
                 episode.ids += completion.completion_ids
                 episode.logprobs += completion.generator_logprobs
@@ -189,7 +173,6 @@ class Sampler:
                 episode.ended = completion.truncated or episode.prompt.environment is None
                 _keep(episode, journal)
                 bar.update()
-        return [completion for _, completion in sorted(others.items())]
 
     def _reply(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
         """Adds the environment's reply to each episode, or ends it."""
