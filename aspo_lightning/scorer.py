@@ -203,8 +203,10 @@ def _logit_dtype(hidden: Tensor) -> torch.dtype:
 
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-HAS_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-"""Whether this CPU multiplies 16 bits, and adds up 32."""
+HAS_BFLOAT16 = (
+    HAS_ONEDNN and hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+)
+"""Whether this CPU multiplies 16 bits, and adds up 32; an older torch can't tell."""
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

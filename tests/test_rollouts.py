@@ -344,21 +344,31 @@ def test_a_scorer_that_leaves_micro_batches_out_is_noticed():
 
 
 @pytest.mark.parametrize(
-    ("settings", "scored"),
+    ("settings", "scored", "tokens"),
     [
-        ({}, [False, False, False, True, True, True]),
-        ({"passes": 2}, [True] * 12),
-        ({"mismatch_correction": "truncate"}, [True] * 6),
+        ({}, [False, False, False, True, True, True], 6 + 3 * 6),
+        ({"passes": 2}, [True] * 12, 6 * 6),
+        ({"mismatch_correction": "truncate"}, [True] * 6, 6 * 6),
     ],
 )
-def test_what_the_first_step_computes_itself_is_not_scored(settings, scored):
+def test_what_the_first_step_computes_itself_is_not_scored(settings, scored, tokens):
     """But its first group, and what a later pass or a correction needs."""
+
+    class Counting(Constant):
+        tokens = 0
+
+        def score(self, batches):
+            self.tokens += sum(len(b.targets) for b in batches)
+            return super().score(batches)
+
     groups = [group(i, [1.0, 0.0, 0.0], [6, 6, 6]) for i in range(2)]
-    phase = build_phase(groups, Constant(), **{**SETTINGS, "token_budget": 11, **settings})
+    scorer = Counting()
+    phase = build_phase(groups, scorer, **{**SETTINGS, "token_budget": 11, **settings})
     assert phase.accumulate == 3
     assert [b.old_logprobs is not None for b in phase] == scored
     assert all((b.ref_logprobs == -2).all() and len(b.targets) == 6 for b in phase)
     assert phase.canary.tolist() == [-1] * 6
+    assert scorer.tokens == tokens  # nothing twice
 
 
 def test_a_phase_takes_the_settings_of_averaging_and_mismatch():

@@ -26,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
 from vllm.outputs import RequestOutput
+from vllm.platforms import CpuArchEnum, current_platform
 
 from aspo_lightning.engines.transfer import Stream
 
@@ -132,7 +133,7 @@ def pack_head(model: nn.Module) -> None:
         if not isinstance(module, ParallelLMHead):
             continue
         weight = module.get_parameter("weight")
-        if weight.dtype == torch.float32:
+        if weight.dtype == torch.float32 or current_platform.get_cpu_architecture() != CpuArchEnum.X86:
             assert isinstance(module.quant_method, QuantizeMethodBase)
             module.quant_method.process_weights_after_loading(module)
         else:

@@ -166,17 +166,18 @@ class Rollouts:
 
         The old log-probs of the first optimizer step are what it computes itself: its rows get none, where nothing
         needs them before or after it. But its first group is the canary: scored, to be compared with what is trained.
+        Where the first row is scored, that is the canary.
         """
         settings = self.settings
         needed = settings.passes > 1 or settings.mismatch_correction != "off"
-        unscored = [] if needed else rows[:accumulate]
-        rest = rows[len(unscored) :]
+        scored = rows if needed else [rows[0].first_group(), *rows[accumulate:]]
         # In one call: a sharded model is gathered once.
-        logprobs = scorer.score([*([probe] if probe else []), rows[0].first_group(), *rest])
+        logprobs = scorer.score([*([probe] if probe else []), *scored])
         if self.probe and probe:
             self.probe.check(probe, logprobs.pop(0))
         canary, *later = logprobs
-        scores = zip(rows, [*(None for _ in unscored), *later], scorer.score_reference(rows), strict=True)
+        old = logprobs if needed else [*[None] * accumulate, *later]
+        scores = zip(rows, old, scorer.score_reference(rows), strict=True)
         return [replace(row, old_logprobs=own, ref_logprobs=ref) for row, own, ref in scores], canary
 
 
