@@ -111,3 +111,21 @@ def test_the_gradient_does_not_depend_on_the_split_for_adapters_and_experts(grad
         for k in (1, 4):
             error = ((gradients[ranks][kind, k] - expected).norm() / expected.norm()).item()
             assert error <= 1e-6, (ranks, k, error)
+
+
+def test_the_mismatch_with_the_engine_is_that_of_all_micro_batches_and_ranks(gradients, experts):
+    lm, differences = AutoModelForCausalLM.from_pretrained(experts), []
+    for group in make_groups():
+        prompt = list(group.prompt.prompt_ids)
+        for rollout in group.rollouts:
+            completion = list(rollout.completion_ids)
+            logits = lm(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            logprobs = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+            differences.append(
+                logprobs + torch.tensor([drift(token, 7) for token in completion]) + 1
+            )  # the engine's: -1
+    differences = torch.cat(differences).abs()
+    for ranks in (1, 2):
+        for k in (1, 4):
+            expected = [differences.mean().item(), differences.max().item()]
+            assert gradients[ranks]["mismatch", k] == pytest.approx(expected, rel=1e-4)

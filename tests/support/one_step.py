@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -118,11 +118,14 @@ class Gradients(Callback):
         trained = [p for p in pl_module.parameters() if p.requires_grad]
         self.gradients = torch.cat([full_tensor(p.grad).flatten() for p in trained]).clone()
 
+    def on_train_end(self, trainer, pl_module):
+        self.mismatch = [trainer.callback_metrics[f"mismatch/logprob_abs_{kind}"].item() for kind in ("mean", "max")]
+
 
 def gradient(
     model: str, ranks: int, k: int, *, packs: bool = True, averaging: str = "token_mean", strategy=None, **settings
 ):
-    """Of one optimizer step of k micro-batches."""
+    """Of one optimizer step of k micro-batches; and its mismatch with the engine, mean and maximum."""
     module = ASPOModule(
         model,
         objective=ASPO(),
@@ -147,12 +150,15 @@ def gradient(
         use_distributed_sampler=False,
     ).fit(module, data)
     assert data.accumulate == k
-    return capture.gradients
+    return capture.gradients, capture.mismatch
 
 
 def main() -> None:
     model, experts, out, ranks = *sys.argv[1:4], int(sys.argv[4])
-    step = partial(gradient, model, ranks)
+
+    def step(*args, **settings):
+        return gradient(model, ranks, *args, **settings)[0]
+
     results = {
         (dtype, averaging, k, packs): step(k, packs=packs, averaging=averaging, dtype=dtype)
         for dtype in ("float64", "float32")
@@ -167,6 +173,6 @@ def main() -> None:
         name = "sharded, recomputed"
         results[name, k] = step(k, dtype="float64", strategy=FSDP2Strategy(), gradient_checkpointing=True)
         results["adapters", k] = step(k, dtype="float64", **LORA)
-        results["experts", k] = gradient(experts, ranks, k, dtype="float64")
+        results["experts", k], results["mismatch", k] = gradient(experts, ranks, k, dtype="float64")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         torch.save(results, out)
