@@ -116,6 +116,12 @@ def test_the_commands_that_a_run_prints_work_as_typed(readme, clone):
     assert list((clone / "runs/quickstart/version_0/checkpoints").glob("epoch_00003.ckpt"))
 
 
+def test_the_page_of_runs_is_made_as_typed(readme, clone):
+    assert (clone / "runs/quickstart/version_0/view.html").is_file()
+    run(clone, commands("docs/view.md"))
+    assert (clone / "compared.html").is_file()
+
+
 @pytest.mark.parametrize("doc", DOCS)
 def test_commands_for_larger_machines_are_parsed(doc, monkeypatch, capsys):
     lines = [line for line in commands(doc) if any(big in line for big in BIG) and not line.startswith(ELSEWHERE)]
