@@ -11,57 +11,18 @@ from aspo_lightning.cli import view
 from aspo_lightning.view.runs import PANELS
 from tests.support.browser import chromium, emulate
 from tests.support.commands import aspo
-from tests.support.viewed_runs import record, tokens, write_epoch, write_events
+from tests.support.viewed_runs import HOSTILE, record, two_runs, write_epoch, write_events
 
-SCRIPT = "<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 2'>"
-HOSTILE = {
-    "script": SCRIPT,
-    "template": "{{ 7 * 7 }} {% raw %} ${window.pwned = 3} <!--<script>",
-    "large": "<b>" + "A" * 1_000_000,
-    "right to left": "\u202egnirts lanigiro eht si siht\u2066 \u200f",
-    "control": "before\0after \x1b[31m",
-    "broken": "half \ud83d of a pair, \ufffd and \u2028 lines",
-}
-
-# By hand, from the paper's equations with eps = 0.2 and c = 3.
+# Of the ratios in viewed_runs.POSITIVE and NEGATIVE, by hand from the paper's equations with eps = 0.2 and c = 3.
 # A > 0:  ASPO [r <= 1.2] min(1/r, 3),  GRPO [r <= 1.2] r
-POSITIVE = [("Let", 0.25), (" us", 0.5), (" add", 1.1), (":\n", 1.25), (" 54", 1.3)]
 POSITIVE_WEIGHTS = {"ASPO": ["3", "2", "0.909", "0", "0"], "GRPO": ["0.25", "0.5", "1.1", "0", "0"]}
 # A < 0:  ASPO [r >= 0.8] min(r, 3),  GRPO [r >= 0.8] r
-NEGATIVE = [("So", 0.7), (" the", 0.9), (" sum", 2.0), ("<b>", 5.0)]
 NEGATIVE_WEIGHTS = {"ASPO": ["0", "0.9", "2", "3"], "GRPO": ["0", "0.9", "2", "5"]}
-
-
-def with_entropy(of):
-    return tokens(*[(text, ratio, 0.5 * i) for i, (text, ratio) in enumerate(of)])
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs: every epoch of the first is kept, and 0 and 3 of the second, which was trained with DAPO."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    first, second = folder / "version_0", folder / "version_1"
-    write_events(first, epochs=5, steps=2)
-    write_events(second, epochs=5, steps=4, offset=0.1, without=("policy/kl", "rollout/repetition_rate"))
-    for epoch in range(4):
-        write_epoch(first, epoch, [record(s, s / 8, completion=f"Epoch {epoch}, number {s}.") for s in range(8)])
-    hostile = [
-        record(s, 0.5, completion=text, question=text, prompt_id=text[:30])
-        for s, text in enumerate(HOSTILE.values(), 20)
-    ]
-    last = [
-        record(0, 1.0, 0.5, length=30, tokens=with_entropy(POSITIVE)),
-        record(1, 0.0, -0.5, length=10, tokens=with_entropy(NEGATIVE), failed=True),
-        record(2, -1.0, -0.25, length=40, truncated=True, completion="The very worst"),
-        record(3, 0.25, None, length=20, ratio=None, clipped=None, completion="Needle in a haystack"),
-    ]
-    write_epoch(first, 4, last + hostile)
-    for epoch in (0, 3):
-        few = [record(s, 0.0, 0.5, tokens=with_entropy(POSITIVE)) for s in range(3)]
-        write_epoch(second, epoch, few)
-    dapo = {"class_path": "aspo_lightning.objectives.DAPO", "init_args": {"clip_eps_high": 0.28}}
-    (second / "config.yaml").write_text(json.dumps({"model": {"objective": dapo}}))
-    return first, second
+    return two_runs(tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.support.viewed_runs import record, tokens, write_epoch
 
 
 def test_the_page_takes_the_worst_those_with_tokens_and_the_longest():
-    some = tokens(("a", 1.0, 0.0))
+    some = tokens(("a", 1.0))
     records = [
         record(s, reward=float(s), length=100 * (s == 5), tokens=some if s in (6, 7, 8) else None) for s in range(20)
     ]
@@ -25,7 +25,7 @@ def test_the_page_takes_the_worst_those_with_tokens_and_the_longest():
 
 def test_of_a_long_completion_the_tokens_around_the_most_different_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(completions, "MAX_TOKENS", 10)
-    many = tokens(*[(str(i), 0.5 if i == 70 else 1.0, 0.0) for i in range(100)])
+    many = tokens(*[(str(i), 0.5 if i == 70 else 1.0) for i in range(100)])
     write_epoch(tmp_path, 0, [record(0, 1.0, tokens=many)])
     page = read_epoch(rollout_path(tmp_path, 0), 64, COMPARED).page
     kept = page["completions"][0]["tokens"]
