@@ -86,3 +86,12 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, monke
     assert "can't be written to" in refused(run, "--out", tmp_path / "file" / "view.html")
     assert (tmp_path / "file").read_text() == "mine"
     assert {p.name for p in run.iterdir()} == {"checkpoints", "rollouts"}
+
+
+def test_names_of_folders_are_text_too(tmp_path):
+    run = tmp_path / "<script>alert(1)<" / "version_0"
+    write_epoch(run, 0, [record(0, 1.0)])
+    view.main([str(run)])
+    page = (run / "view.html").read_text()
+    assert "<script>alert" not in page
+    assert "<h1>&lt;script&gt;alert(1)&lt;/version_0</h1>" in page

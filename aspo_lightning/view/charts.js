@@ -89,7 +89,8 @@ const charts = {
     return [...lines, ...keys];
   },
 
-  layout() {
+  layout(panel) {
+    const values = Object.keys(panel.series).flatMap((tag) => data.runs.flatMap((run) => (run.points[tag] ?? []).map((p) => p[2])));
     const axis = {
       gridcolor: themed("--line"),
       zerolinecolor: themed("--line"),
@@ -108,7 +109,7 @@ const charts = {
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
       xaxis: { ...axis, title: { text: charts.axis === "epoch" ? "epoch" : "optimizer step", font: { size: 11 } } },
-      yaxis: { ...axis, rangemode: "normal" },
+      yaxis: { ...axis, rangemode: values.some((y) => y < 0) ? "normal" : "nonnegative" },
       shapes: charts.mark(),
     };
   },
@@ -129,7 +130,7 @@ const charts = {
 
   draw() {
     charts.figures.forEach(({ panel, area }) =>
-      Plotly.react(area, charts.traces(panel), charts.layout(), { displayModeBar: false, responsive: true }),
+      Plotly.react(area, charts.traces(panel), charts.layout(panel), { displayModeBar: false, responsive: true }),
     );
     document.querySelectorAll("#runs .swatch").forEach((swatch, i) => swatch.style.setProperty("background", runColour(i)));
   },

@@ -156,5 +156,5 @@ def page_run(run: Run) -> dict[str, object]:
 
 def page_panel(panel: Panel) -> dict[str, object]:
     """A chart as JSON."""
-    meanings = [TAGS[tag] for tag in panel.series if tag in TAGS]
+    meanings = [TAGS.get(tag, label) for tag, label in panel.series.items()]
     return {"title": panel.title, "series": panel.series, "meaning": "; ".join(meanings).replace("`", "")}

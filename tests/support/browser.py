@@ -47,3 +47,4 @@ def emulate(driver: webdriver.Chrome, *, scheme: str = "light", width: int | Non
     else:
         size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.execute_async_script("requestAnimationFrame(arguments[0])")  # pages are told of it before the next frame
