@@ -30,12 +30,13 @@ from aspo_lightning.run.folder import RunFolder, RunRecord, find_checkpoint, is_
 from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
 from aspo_lightning.run.lightning import callback_of
 from aspo_lightning.run.memory import peak_memory
+from aspo_lightning.run.rollout_log import RolloutLog
 
 GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
 
 SAVED = {"best": BestCheckpoint, "checkpoint": RunCheckpoint}
 
-CALLBACKS = {**GUARDS, **SAVED}
+CALLBACKS = {**GUARDS, "rollout_log": RolloutLog, **SAVED}
 
 RUN = "{run}"
 """In a logger's settings: the run's folder."""
@@ -142,7 +143,7 @@ class ASPOCLI(LightningCLI):
         own = config.trainer.callbacks or []
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
             callbacks.append(TQDMProgressBar())
-        callbacks += [PhaseReport(), EvaluationReport(), EvaluationResults(), GracefulStop()]
+        callbacks += [PhaseReport(), config.rollout_log, EvaluationReport(), EvaluationResults(), GracefulStop()]
         # The best first: the others' files hold its state. Without a fit it only says whether its settings are right.
         if settings.enable_checkpointing is not False or self.subcommand != "fit":
             callbacks += [config[key] for key in SAVED]

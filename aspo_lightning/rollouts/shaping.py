@@ -2,22 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from aspo_lightning.advantages import group_advantages, has_spread
 from aspo_lightning.evaluation.metrics import accuracy
 from aspo_lightning.rollouts.settings import RewardSettings
-from aspo_lightning.types import Rollout, RolloutGroup
-
-
-class TrainedSequence(NamedTuple):
-    """A completion that is trained, with its advantage."""
-
-    prompt_ids: tuple[int, ...]
-    rollout: Rollout
-    advantage: float
+from aspo_lightning.types import Rollout, RolloutGroup, TrainedSequence
 
 
 def trained_sequences(
