@@ -265,7 +265,7 @@ class MicroBatch:
         """A copy on ``device``."""
         tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
-        return replace(self, **moved)
+        return replace(self, members=self.members, row_lengths=self.row_lengths, **moved)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from aspo_lightning.run.disk import check_writable
 from aspo_lightning.run.folder import RunFolder, RunRecord, find_checkpoint, is_run, last_run, new_run
 from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
 from aspo_lightning.run.lightning import callback_of
+from aspo_lightning.run.loggers import LoggerSetup, Samples
 from aspo_lightning.run.memory import peak_memory
 from aspo_lightning.run.rollout_log import RolloutLog
 
@@ -36,12 +37,17 @@ GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse":
 
 SAVED = {"best": BestCheckpoint, "checkpoint": RunCheckpoint}
 
-CALLBACKS = {**GUARDS, "rollout_log": RolloutLog, **SAVED}
+KEPT = {"rollout_log": RolloutLog, "samples": Samples}
+
+CALLBACKS = {**GUARDS, **KEPT, **SAVED}
 
 RUN = "{run}"
 """In a logger's settings: the run's folder."""
 
-DEFAULT_LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": RUN}}
+DEFAULT_LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": RUN, "default_hp_metric": False},
+}
 
 
 class ASPOCLI(LightningCLI):
@@ -143,7 +149,8 @@ class ASPOCLI(LightningCLI):
         own = config.trainer.callbacks or []
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
             callbacks.append(TQDMProgressBar())
-        callbacks += [PhaseReport(), config.rollout_log, EvaluationReport(), EvaluationResults(), GracefulStop()]
+        callbacks += [PhaseReport(), *(config[key] for key in KEPT), EvaluationReport(), EvaluationResults()]
+        callbacks += [GracefulStop(), *([LoggerSetup(self.given)] if self.run else [])]
         # The best first: the others' files hold its state. Without a fit it only says whether its settings are right.
         if settings.enable_checkpointing is not False or self.subcommand != "fit":
             callbacks += [config[key] for key in SAVED]
