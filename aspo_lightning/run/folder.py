@@ -40,7 +40,10 @@ class RunFolder:
 
     def starts(self) -> int:
         """How often the run has been started so far."""
-        return next(n for n in itertools.count() if not self._config(n).exists())
+        return next(n for n in itertools.count() if not (self._config(n).exists() or self._origin(n).exists()))
+
+    def _origin(self, number: int) -> Path:
+        return self.path / f"origin{self.suffix(number)}.json"
 
     def _config(self, number: int) -> Path:
         return self.path / f"config{self.suffix(number)}.yaml"
@@ -56,9 +59,9 @@ class RunFolder:
         Raises:
             RunError: if they are damaged.
         """
-        if not (number := self.starts()):
+        path = self._config(self.starts() - 1)
+        if not path.exists():
             return None
-        path = self._config(number - 1)
         try:
             return dict(yaml.safe_load(path.read_text()))
         except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -67,10 +70,11 @@ class RunFolder:
                 "--allow_changes true."
             ) from error
 
-    def record(self, config: str, ranks: int) -> None:
-        """Writes the settings, and where the numbers come from."""
+    def record(self, config: str | None, ranks: int) -> None:
+        """Writes the settings, where there are some, and where the numbers come from."""
         number = self.starts()
-        write_text(self._config(number), config)
+        if config is not None:
+            write_text(self._config(number), config)
         origin = {
             "command": sys.argv,
             "versions": versions(),
@@ -78,7 +82,7 @@ class RunFolder:
             "working_directory": git_revision(Path.cwd()),
             "ranks": ranks,
         }
-        write_text(self.path / f"origin{self.suffix(number)}.json", json.dumps(origin, indent=1) + "\n")
+        write_text(self._origin(number), json.dumps(origin, indent=1) + "\n")
 
     def lock(self) -> TextIO:
         """Keeps other runs out of the folder, for as long as the file is open.
@@ -184,10 +188,10 @@ class RunRecord(Callback):
 
     Args:
         folder: of the run.
-        config: its settings, as YAML.
+        config: its settings, as YAML. None: those of a program.
     """
 
-    def __init__(self, folder: RunFolder, config: str) -> None:
+    def __init__(self, folder: RunFolder, config: str | None = None) -> None:
         self.folder, self.config = folder, config
         self._lock: TextIO | None = None
 

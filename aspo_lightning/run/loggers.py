@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import flat
-from aspo_lightning.run.lightning import phase_of
+from aspo_lightning.run.folder import RunRecord
+from aspo_lightning.run.lightning import callback_of, phase_of
 from aspo_lightning.types import Phase, Rollout, RolloutGroup
 
 SIGNS = ("positive", "negative")
@@ -41,16 +42,16 @@ COLUMNS = ("which", "prompt", "question", "completion", "reward", "length", "tru
 
 
 class LoggerSetup(Callback):
-    """Gives all loggers the run's settings, and TensorBoard a layout and, at the end, the settings with the results.
+    """Gives all loggers the run's settings, and TensorBoard a layout and, at the end, the settings with the results."""
 
-    Args:
-        config: the run's settings, as YAML.
-    """
-
-    def __init__(self, config: str) -> None:
-        self.settings = {key: value for key, value in flat(yaml.safe_load(config)).items() if value is not None}
+    def __init__(self) -> None:
+        self.settings: dict[str, object] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        record = callback_of(trainer, RunRecord)
+        config = record.config if record else None
+        settings = flat(yaml.safe_load(config)) if config else {}
+        self.settings = {key: value for key, value in settings.items() if value is not None}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if trainer.is_global_zero:
