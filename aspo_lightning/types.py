@@ -85,6 +85,8 @@ class Rollout(Completion):
     """Of each token, whether the model sampled it; the others are an environment's. None: all of them."""
     answer: str | None = None
     """What it answers, as text to compare others with; only where a vote is wanted, and None if it can't be known."""
+    repetition_rate: float = 0.0
+    """Of its text, see ``evaluation.metrics``."""
 
     @property
     def sampled_length(self) -> int:

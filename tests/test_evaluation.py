@@ -30,7 +30,7 @@ SETTINGS = {"seed": 0, "benchmarks": {"sums": {"samples": 2}}}
 def group(i, rewards, answers, lengths):
     prompt = Prompt(f"p{i}", (5, 6), "?", "?", {"x.reward": 1.0}, {})
     rollouts = tuple(
-        Rollout((7,) * n, (-1.0,) * n, n == 9, "a b", reward, reward == 1, answer=answer)
+        Rollout((7,) * n, (-1.0,) * n, n == 9, "a b", reward, reward == 1, answer=answer, repetition_rate=n / 10)
         for reward, answer, n in zip(rewards, answers, lengths, strict=True)
     )
     return RolloutGroup(prompt, rollouts)
@@ -51,7 +51,7 @@ def test_measurements_by_hand():
             "maj@4": 1 / 4,  # two against two
             "length": (2.5 + 8) / 2,
             "truncated_fraction": 3 / 8,
-            "repetition_rate": 0,
+            "repetition_rate": (0.25 + 0.8) / 2,
             "failed_rewards": 0,
         }
     )

@@ -27,6 +27,7 @@ from aspo_lightning.run.checkpoints import AtomicCheckpointIO, trained_from
 from aspo_lightning.run.disk import digest_path
 from aspo_lightning.tasks import Dataset, MultipleChoice
 from tests.support.configs import tiny_config
+from tests.support.judging import judged
 
 SCALARS = st.one_of(
     st.none(),
@@ -173,7 +174,7 @@ def test_any_completion_is_scored(pool, texts):
         for text in texts
         for name, row in rows.items()
     ]
-    scores = pool.rewards(items)
+    scores = judged(pool, items)
     assert len(scores) == len(items)
     assert all(0 <= score.reward <= 1 for score in scores)
 

@@ -12,13 +12,14 @@ import reasoning_gym
 
 from aspo_lightning.environments.second_chance import environment as second_chance
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.rewards import RewardItem, RewardPool, RewardResult, choice, code, math
+from aspo_lightning.rewards import Call, RewardItem, RewardPool, RewardResult, choice, code, math
 from aspo_lightning.rewards import reasoning_gym as gym
 from aspo_lightning.rewards.choice import chosen_letter
 from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.math import accepted_answers, last_boxed
 from aspo_lightning.rewards.math import reward as math_reward
 from aspo_lightning.rewards.reasoning_gym import reward as gym_reward
+from tests.support.judging import judged
 from tests.support.processes import eventually
 
 
@@ -41,17 +42,17 @@ def items(*names, **row):
 
 
 def test_scores_come_in_the_order_of_the_completions(pool):
-    scores = pool.rewards(
-        [RewardItem({"tests.support.hostile_rewards.number": 1.0}, str(i), {"scale": 2}) for i in range(50)]
+    scores = judged(
+        pool, [RewardItem({"tests.support.hostile_rewards.number": 1.0}, str(i), {"scale": 2}) for i in range(50)]
     )
     assert scores == [scored(2.0 * i) for i in range(50)]
-    assert pool.rewards([]) == []
+    assert judged(pool, []) == []
 
 
 def test_what_counts_as_a_full_solution(pool):
     rewards = (1.0, 1 - 1e-6, 1 - 2e-6, 0.5)
-    scores = pool.rewards(
-        [RewardItem({"tests.support.hostile_rewards.number": 1.0}, repr(r), {"scale": 1}) for r in rewards]
+    scores = judged(
+        pool, [RewardItem({"tests.support.hostile_rewards.number": 1.0}, repr(r), {"scale": 1}) for r in rewards]
     )
     assert [score.solved for score in scores] == [True, True, False, False]
 
@@ -63,24 +64,24 @@ def test_a_reward_that_misbehaves_fails_and_the_rest_goes_on(pool, name):
     names = ["number"] * 8
     names[3] = name
     start = time.monotonic()
-    scores = pool.rewards(items(*names, scale=1))
+    scores = judged(pool, items(*names, scale=1))
     assert [s.failed for s in scores] == [i == 3 for i in range(8)]
     assert [s.reward for s in scores] == [0.0 if i == 3 else float(i) for i in range(8)]
     assert time.monotonic() - start < 20
-    assert pool.rewards(items("number", "number", scale=3)) == [scored(0.0), scored(3.0)]
+    assert judged(pool, items("number", "number", scale=3)) == [scored(0.0), scored(3.0)]
 
 
 @pytest.mark.parametrize("name", ["fork_and_hang", "daemon_and_hang", "daemon_and_crash"])
 def test_what_a_reward_started_is_killed_with_it(pool, tmp_path, name):
     pid_file = tmp_path / "pid"
-    (score,) = pool.rewards(items(name, file=str(pid_file)))
+    (score,) = judged(pool, items(name, file=str(pid_file)))
     assert score == FAILED
     assert not alive(int(pid_file.read_text()))
 
 
 def test_what_a_reward_left_running_ends_with_the_pool(pool, tmp_path):
     pid_file = tmp_path / "pid"
-    assert pool.rewards(items("daemon_and_return", file=str(pid_file))) == [scored(7.0)]
+    assert judged(pool, items("daemon_and_return", file=str(pid_file))) == [scored(7.0)]
     child = int(pid_file.read_text())
     assert alive(child)
     pool.close()
@@ -93,7 +94,7 @@ def test_what_a_reward_started_ends_with_a_run_that_is_killed(tmp_path):
         "from aspo_lightning.rewards import *\n"
         f"row, rewards = {{'file': {str(pid_file)!r}}}, {{'tests.support.hostile_rewards.daemon_and_hang': 1.0}}\n"
         "item = RewardItem(rewards, '', row)\n"
-        "RewardPool(workers=1, timeout_s=60).rewards([item])"
+        "RewardPool(workers=1, timeout_s=60).judge(item).result()"
     )
     run = subprocess.Popen([sys.executable, "-c", code])
     assert eventually(lambda: pid_file.exists() and pid_file.read_text())
@@ -105,7 +106,7 @@ def test_what_a_reward_started_ends_with_a_run_that_is_killed(tmp_path):
 
 def test_closing_does_not_wait_for_a_supervisor_that_is_stopped(pool, monkeypatch):
     monkeypatch.setattr("aspo_lightning.rewards.pool._KILL_TIMEOUT_S", 0.2)
-    pool.rewards(items("number", scale=1))
+    judged(pool, items("number", scale=1))
     (supervisor,) = [worker._process.pid for worker in pool._workers if worker]
     os.kill(supervisor, signal.SIGSTOP)
     pool.close()
@@ -119,32 +120,44 @@ def alive(pid: int) -> bool:
 
 def test_processes_killed_from_outside_cost_nothing(pool, tmp_path):
     expected = [scored(float(i)) for i in range(6)]
-    assert pool.rewards(items(*["number"] * 6, scale=1)) == expected
+    assert judged(pool, items(*["number"] * 6, scale=1)) == expected
     for worker in pool._workers:  # while they have nothing to do
         os.kill(worker._process.pid, signal.SIGKILL)
-    assert pool.rewards(items(*["number"] * 6, scale=1)) == expected
+    assert judged(pool, items(*["number"] * 6, scale=1)) == expected
     # In the middle of a call: the first time it is made, it kills its own process.
-    assert pool.rewards(items("crash_once", "number", scale=1, file=str(tmp_path / "crashed"))) == expected[:2]
+    assert judged(pool, items("crash_once", "number", scale=1, file=str(tmp_path / "crashed"))) == expected[:2]
 
 
 def test_closing_leaves_no_process(pool):
-    pool.rewards(items("number", "number", scale=1))
+    judged(pool, items("number", "number", scale=1))
     pids = [worker._process.pid for worker in pool._workers]
     pool.close()
     assert not any(alive(pid) for pid in pids)
 
 
+def test_closing_drops_what_is_not_judged_yet(pool):
+    """And what hangs then isn't tried again."""
+    hanging = [pool.submit(Call(f"tests.support.hostile_rewards.{name}", "1", {})) for name in ["hang"] * 2]
+    waiting = [pool.submit(Call("tests.support.hostile_rewards.number", "1", {"scale": 1})) for _ in range(50)]
+    assert eventually(lambda: all(pool._workers))
+    pool.close()
+    assert all(call.done() for call in hanging)
+    assert all(call.cancelled() for call in waiting)
+    assert pool._workers == [None, None]
+    assert judged(pool, items("number", scale=1)) == [scored(0.0)]
+
+
 def test_what_a_reward_forked_answers_for_nothing(pool):
     names = ["fork_and_return", *["number"] * 20]
-    scores = pool.rewards(items(*names, scale=1))
+    scores = judged(pool, items(*names, scale=1))
     assert scores[1:] == [scored(float(i)) for i in range(1, 21)]
     assert scores[0] == scored(7.0)
 
 
 def test_an_answer_to_another_call_is_none(pool):
-    (score,) = pool.rewards(items("answer_for_another", scale=1))
+    (score,) = judged(pool, items("answer_for_another", scale=1))
     assert score.failed
-    assert pool.rewards(items("number", "number", scale=3)) == [scored(0.0), scored(3.0)]
+    assert judged(pool, items("number", "number", scale=3)) == [scored(0.0), scored(3.0)]
 
 
 @pytest.mark.parametrize("path", ["tests.support.dies_on_import.reward", "tests.no_such_module.reward"])
@@ -156,7 +169,7 @@ def test_a_reward_that_cannot_be_loaded_is_found_before_the_run(pool, path):
 @pytest.mark.parametrize("path", ["tests.no_such_module.reward", "tests.support.hostile_rewards.no_such_name"])
 def test_a_reward_that_cannot_be_imported_is_an_error(pool, path):
     with pytest.raises(ConfigError, match=path):
-        pool.rewards([RewardItem({path: 1.0}, "", {})])
+        judged(pool, [RewardItem({path: 1.0}, "", {})])
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"timeout_s": 0}, {"memory_gib": -1}])
@@ -276,10 +289,10 @@ def test_hostile_answers_fail_within_the_limit_and_the_pool_goes_on(name):
     try:
         pool.load(path)
         start = time.monotonic()
-        (score,) = pool.rewards([RewardItem(path, HOSTILE[name], {"answer": "5"})])
+        (score,) = judged(pool, [RewardItem(path, HOSTILE[name], {"answer": "5"})])
         assert score.reward == 0
         assert time.monotonic() - start < 5
-        assert pool.rewards([RewardItem(path, "\\boxed{5}", {"answer": "5"})]) == [scored(1.0)]
+        assert judged(pool, [RewardItem(path, "\\boxed{5}", {"answer": "5"})]) == [scored(1.0)]
     finally:
         pool.close()
 
@@ -333,10 +346,10 @@ def test_second_chance(turns, reply):
 
 def test_rewards_are_summed_by_their_weights(pool):
     double = {"tests.support.hostile_rewards.number": 0.5, "tests.support.rewards.parity": 2.0}
-    scores = pool.rewards([RewardItem(double, text, {"scale": 3}) for text in ("1", "2")])
+    scores = judged(pool, [RewardItem(double, text, {"scale": 3}) for text in ("1", "2")])
     assert [s.reward for s in scores] == [0.5 * 3 + 2.0 * 1, 0.5 * 6 + 0.0]
     broken = {"tests.support.hostile_rewards.number": 1.0, "tests.support.hostile_rewards.fail": 1.0}
-    assert pool.rewards([RewardItem(broken, "1", {"scale": 3})]) == [FAILED]
+    assert judged(pool, [RewardItem(broken, "1", {"scale": 3})]) == [FAILED]
 
 
 @pytest.mark.parametrize("weights", [(0.9, 0.05), (1.0, 1.0), (0.1, 2.0), (2.0, -1.0), (0.0, 1.0)])
@@ -344,15 +357,15 @@ def test_what_is_solved_is_the_first_rewards_to_say_whatever_the_weights(pool, w
     first, second = "tests.support.rewards.parity", "tests.support.hostile_rewards.number"
     rewards = dict(zip((first, second), weights, strict=True))
     items = [RewardItem(rewards, text, {"scale": scale}) for text, scale in (("1", 1), ("1", 0), ("2", 1), ("2", 0))]
-    assert [s.solved for s in pool.rewards(items)] == [True, True, False, False]
+    assert [s.solved for s in judged(pool, items)] == [True, True, False, False]
     fails = RewardItem({first: 1.0, "tests.support.hostile_rewards.fail": 0.0}, "1", {})
-    assert pool.rewards([fails]) == [FAILED]
+    assert judged(pool, [fails]) == [FAILED]
 
 
 def test_a_phase_with_hanging_rewards_ends_within_its_limit(pool):
     names = ["hang" if i % 20 == 7 else "number" for i in range(100)]
     start = time.monotonic()
-    scores = pool.rewards(items(*names, scale=1))
+    scores = judged(pool, items(*names, scale=1))
     assert time.monotonic() - start < 3 * (1.0 + 2.0) + 1  # five limits of a second on two workers, and new workers
     assert [s.failed for s in scores] == [name == "hang" for name in names]
 

@@ -16,6 +16,7 @@ from aspo_lightning.rollouts.sampling import Sampler, sampling_seed
 from aspo_lightning.rollouts.settings import RewardSettings, RolloutSettings, Sampling
 from aspo_lightning.rollouts.shaping import has_task_spread, rollout_metrics
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
+from tests.support.processes import eventually
 
 
 def prompt(i, length=3, **kwargs):
@@ -84,6 +85,47 @@ def test_groups_are_sampled_with_their_own_seeds_and_scored(pool):
     assert {(r.temperature, r.top_p, r.max_tokens) for r in engine.requests} == {(0.7, 0.9, 9)}
     assert all(r.truncated and r.sampled is None for g in groups for r in g.rollouts)
     assert set(times) == {"time/generate_s", "time/reward_s"}
+
+
+class Halting(Script):
+    """Samples the second completion only when the first one has been judged; then breaks, if it is to."""
+
+    def __init__(self, file, breaks):
+        super().__init__()
+        self.file, self.breaks = file, breaks
+
+    def generate(self, requests):
+        yield 0, Completion((7,), (-0.5,), True)
+        assert eventually(self.file.exists)
+        if self.breaks:
+            raise RuntimeError("no more")
+        yield 1, Completion((7,), (-0.5,), True)
+
+
+def touching(file):
+    return replace(prompt(0), rewards={"tests.support.hostile_rewards.touch": 1.0}, row={"file": str(file)})
+
+
+def test_completions_are_judged_while_others_are_sampled(pool, tmp_path):
+    engine = Halting(tmp_path / "judged", breaks=False)
+    (group,), _ = Sampler(engine, pool, Counting()).groups([touching(engine.file)], Sampling(2, 9, 1, 1, 0), epoch=0)
+    assert [r.reward for r in group.rollouts] == [1.0, 1.0]
+
+
+def test_an_engine_that_breaks_leaves_nothing_to_judge(pool, tmp_path):
+    engine = Halting(tmp_path / "judged", breaks=True)
+    with pytest.raises(EngineError, match="no more"):
+        Sampler(engine, pool, Counting()).groups([touching(engine.file)], Sampling(2, 9, 1, 1, 0), epoch=0)
+    assert pool._workers == [None]
+
+
+def test_a_completion_is_measured_where_it_is_sampled(pool):
+    class Repeats(Counting):
+        def decode(self, ids, skip_special_tokens):
+            return "a " * 20 + "a"  # the second of two 20-grams is the first again
+
+    (group,), _ = Sampler(Script(), pool, Repeats()).groups([prompt(0, 2)], Sampling(1, 9, 0.7, 0.9, seed=5), epoch=0)
+    assert group.rollouts[0].repetition_rate == 0.5
 
 
 def test_accuracy_votes_and_curricula_go_by_the_first_reward(pool, tmp_path):

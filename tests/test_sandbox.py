@@ -17,6 +17,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.rewards import RewardItem, RewardPool
 from aspo_lightning.rewards.code import reward, reward_without_isolation
 from aspo_lightning.rewards.sandbox import Failed, Limits, check_isolation, run_script
+from tests.support.judging import judged
 from tests.support.processes import eventually
 
 CODE = "aspo_lightning.rewards.code.reward"
@@ -203,7 +204,7 @@ def test_an_attack_fails(name, target, pool):
         code = code.replace(key, value)
     start = time.monotonic()
     for _ in range(2 if "next run" in name else 1):
-        (score,) = pool.rewards([RewardItem({CODE: 1.0}, code, row)])
+        (score,) = judged(pool, [RewardItem({CODE: 1.0}, code, row)])
         assert (score.reward, score.failed) == (0.0, False)
     assert time.monotonic() - start < 10
     assert secret.read_text() == "untouched"
@@ -214,8 +215,8 @@ def test_an_attack_fails(name, target, pool):
 def test_after_all_attacks_the_pool_scores_as_before_and_nothing_is_left(target, pool):
     port, secret, _ = target
     codes = [c.replace("PORT", str(port)).replace("SECRET", str(secret)) for _, c in list(ATTACKS.values())[:20]]
-    pool.rewards([RewardItem({CODE: 1.0}, code, STDIN) for code in codes])
-    assert [s.reward for s in pool.rewards([HONEST] * 10)] == [1.0] * 10
+    judged(pool, [RewardItem({CODE: 1.0}, code, STDIN) for code in codes])
+    assert [s.reward for s in judged(pool, [HONEST] * 10)] == [1.0] * 10
     assert left_over() == set()
 
 
@@ -224,7 +225,7 @@ def test_a_killed_worker_takes_its_sandbox_along(path):
     impatient = RewardPool(workers=1, timeout_s=1.0)
     try:
         hanging = "import time\ntime.sleep(1000)"
-        (score,) = impatient.rewards([RewardItem({path: 1.0}, hanging, {**STDIN, "time_limit": 60})])
+        (score,) = judged(impatient, [RewardItem({path: 1.0}, hanging, {**STDIN, "time_limit": 60})])
         assert score.failed
         assert left_over() == set()
     finally:

@@ -108,7 +108,7 @@ def measure(groups: Sequence[RolloutGroup], further_k: Sequence[int] = ()) -> di
     for name, of in (
         ("length", lambda r: r.sampled_length),
         ("truncated_fraction", lambda r: r.truncated),
-        ("repetition_rate", lambda r: repetition_rate(r.text)),
+        ("repetition_rate", lambda r: r.repetition_rate),
         ("failed_rewards", lambda r: r.failed),
     ):
         values[name] = [math.fsum(map(of, g.rollouts)) / samples for g in groups]

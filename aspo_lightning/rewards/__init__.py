@@ -6,6 +6,6 @@ with ``__call__``: ``answer(completion, row) -> str | None``, what a completion 
 raises an error if the reward can't be used on this machine. Imports nothing heavy: every worker process imports it.
 """
 
-from aspo_lightning.rewards.pool import Call, RewardItem, RewardPool, RewardResult
+from aspo_lightning.rewards.pool import Call, Judgement, Result, RewardItem, RewardPool, RewardResult
 
-__all__ = ["Call", "RewardItem", "RewardPool", "RewardResult"]
+__all__ = ["Call", "Judgement", "Result", "RewardItem", "RewardPool", "RewardResult"]

@@ -13,12 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import NamedTuple
-
-from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError
 
@@ -87,6 +86,11 @@ class RewardPool:
         self._timeout_s = timeout_s
         self._memory_bytes = int(memory_gib * 2**30)
         self._workers: list[_Worker | None] = [None] * workers
+        self._idle: SimpleQueue[int] = SimpleQueue()  # slots of workers
+        for slot in range(workers):
+            self._idle.put(slot)
+        self._threads: ThreadPoolExecutor | None = None
+        """Each waits for a worker."""
 
     def load(self, functions: Iterable[str]) -> None:
         """Imports the functions, so that a wrong path is found before a run has done any work.
@@ -95,70 +99,43 @@ class RewardPool:
             ConfigError: if one can't be imported, or refuses to work on this machine.
         """
         for function in functions:
-            (result,) = self.run([Call(function, _LOAD_ONLY, {})])
-            if result.failed:
+            if self.submit(Call(function, _LOAD_ONLY, {})).result().failed:
                 raise ConfigError(f"{function} can't be used: its process ended, or took too long, while importing it.")
 
-    def rewards(self, items: Sequence[RewardItem]) -> list[RewardResult]:
-        """The rewards of the items, in their order.
-
-        Raises:
-            ConfigError: if a function can't be imported.
-        """
-        calls = [Call(function, item.completion, item.row) for item in items for function in item.rewards]
-        results = iter(self.run(calls))
-        rewarded = []
-        for item in items:
-            found = [_finite(next(results)) for _ in item.rewards]
-            values = [value for value in found if value is not None]
-            if len(values) < len(found):
-                rewarded.append(RewardResult(0.0, solved=False, failed=True))
-            else:
-                reward = math.fsum(w * v for w, v in zip(item.rewards.values(), values, strict=True))
-                rewarded.append(RewardResult(reward, solved=values[0] >= SOLVED, failed=False))
-        return rewarded
-
-    def run(self, calls: Sequence[Call], description: str = "reward") -> list[Result]:
-        """The results of the calls, in their order.
+    def submit(self, call: Call) -> "Future[Result]":
+        """The call's result, in time; calls start in the order in which they are submitted.
 
         A call whose process dies is made once more: it may have been killed from outside, as by a machine short of
         memory, and a reward must not depend on that.
 
-        Raises:
-            ConfigError: if a function can't be imported.
+        The result raises ConfigError if the function can't be imported.
         """
-        results: list[Result | None] = [None] * len(calls)
-        waiting = deque(range(len(calls)))
-        running: dict[int, int] = {}  # slot -> call
-        repeated: set[int] = set()
-        with tqdm(total=len(calls), desc=description, leave=False, disable=None) as bar:
-            while waiting or running:
-                for slot in range(len(self._workers)):
-                    if waiting and slot not in running:
-                        running[slot] = waiting.popleft()
-                        self._worker(slot).send(calls[running[slot]])
-                for slot, call in list(running.items()):
-                    result = self._result(slot, calls[call])
-                    if result is None:
-                        continue
-                    if result.died and call not in repeated:
-                        repeated.add(call)
-                        self._worker(slot).send(calls[call])
-                        continue
-                    results[call] = result
-                    del running[slot]
-                    bar.update()
-                if running:
-                    workers = [self._worker(slot) for slot in running]
-                    soonest = min(worker.deadline for worker in workers)
-                    wait([worker.connection for worker in workers], max(0.0, soonest - time.monotonic()))
-        return [result for result in results if result is not None]
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(len(self._workers), "rewards")
+        return self._threads.submit(self._run, call, self._threads)
 
-    def _result(self, slot: int, call: Call) -> Result | None:
-        """The slot's result if it is decided by now."""
-        worker, died = self._worker(slot), False
+    def judge(self, item: RewardItem) -> "Judgement":
+        """Submits what judges a completion."""
+        return Judgement(
+            list(item.rewards.values()),
+            [self.submit(Call(function, item.completion, item.row)) for function in item.rewards],
+        )
+
+    def _run(self, call: Call, threads: ThreadPoolExecutor) -> Result:
+        slot = self._idle.get()
         try:
-            while worker.connection.poll():
+            result = self._attempt(slot, call)
+            return self._attempt(slot, call) if result.died and threads is self._threads else result
+        finally:
+            self._idle.put(slot)
+
+    def _attempt(self, slot: int, call: Call) -> Result:
+        worker, died = self._workers[slot], False
+        if worker is None:
+            worker = self._workers[slot] = _Worker(self._memory_bytes)
+        try:
+            worker.send(call)
+            while worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
                 message = json.loads(worker.connection.recv_bytes(1 << 20))
                 if message["call"] != worker.calls:
                     raise ValueError("a message about another call")
@@ -170,8 +147,6 @@ class RewardPool:
                     return Result(None, failed=True)
                 else:
                     return Result(message["value"], failed=False)
-            if time.monotonic() < worker.deadline:
-                return None
         except ConfigError:
             raise
         except (EOFError, ConnectionError):
@@ -179,21 +154,38 @@ class RewardPool:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass  # what it said makes no sense
         worker.kill()
+        worker.connection.close()
         self._workers[slot] = None
         return Result(None, failed=True, died=died)
 
-    def _worker(self, slot: int) -> "_Worker":
-        worker = self._workers[slot]
-        if worker is None:
-            worker = self._workers[slot] = _Worker(self._memory_bytes)
-        return worker
-
     def close(self) -> None:
-        """Kills the processes. The pool may be used again; it then starts new ones."""
-        for slot, worker in enumerate(self._workers):
-            if worker is not None:
-                worker.kill()
-                self._workers[slot] = None
+        """Kills the processes; what was submitted is dropped. The pool may be used again, and then starts new ones."""
+        threads, self._threads = self._threads, None
+        if threads is None:
+            return
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in filter(None, list(self._workers)):
+            worker.kill()
+        threads.shutdown()  # those that waited for one of them have seen its end
+        for worker in filter(None, self._workers):
+            worker.connection.close()
+        self._workers = [None] * len(self._workers)
+
+
+class Judgement(NamedTuple):
+    """The rewards of a completion, in the making."""
+
+    weights: list[float]
+    calls: "list[Future[Result]]"
+
+    def result(self) -> RewardResult:
+        """Waits for them. Raises ConfigError if a function can't be imported."""
+        found = [_finite(call.result()) for call in self.calls]
+        values = [value for value in found if value is not None]
+        if len(values) < len(found):
+            return RewardResult(0.0, solved=False, failed=True)
+        reward = math.fsum(w * v for w, v in zip(self.weights, values, strict=True))
+        return RewardResult(reward, solved=values[0] >= SOLVED, failed=False)
 
 
 def _finite(result: Result) -> float | None:
@@ -234,4 +226,3 @@ class _Worker:
         except subprocess.TimeoutExpired:  # the supervisor was stopped, or something can't be killed
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self.connection.close()

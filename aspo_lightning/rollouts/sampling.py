@@ -3,20 +3,19 @@
 import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol, Unpack
+from typing import NamedTuple, Protocol, Unpack
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.collectives import gather
 from aspo_lightning.engines.base import Engine, SamplingRequest, generate
-from aspo_lightning.rewards import Call, RewardItem, RewardPool
+from aspo_lightning.evaluation.metrics import repetition_rate
+from aspo_lightning.rewards import Call, Judgement, Result, RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import Sampling
 from aspo_lightning.types import CompletionRecord, Known, Prompt, Rollout, RolloutGroup
-
-SCORED_AT_ONCE = 64
-"""Completions; what is scored goes to the journal in portions of this size."""
 
 
 def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int = 0) -> int:
@@ -50,6 +49,10 @@ class _Episode:
     truncated: bool = False
     failed: bool = False
     ended: bool = False
+    known: Known = field(default_factory=Known)
+    """By the journal."""
+    judgement: Judgement | None = None
+    answer: "Future[Result] | None" = None
 
     def record(self) -> CompletionRecord:
         """For the journal."""
@@ -64,6 +67,18 @@ class _Episode:
         self.sampled = record.get("sampled", [True] * len(self.ids))
         self.logprobs = [0.0] * len(self.ids)
         self.ended = True
+
+
+class _Job(NamedTuple):
+    """What ``Sampler.groups`` was asked for."""
+
+    sampling: Sampling
+    epoch: int
+    description: str
+    vote: bool
+    journal: Journal | None
+    judges: bool
+    """Whether this rank has its completions scored and kept."""
 
 
 class Sampler:
@@ -115,22 +130,25 @@ class Sampler:
         """
         size = self.engine.tensor_parallel_size
         share = prompts[self.rank // size :: self.world_size // size]
+        job = _Job(sampling, epoch, description, vote, journal, judges=self.rank % size == 0)
         start = time.perf_counter()
         episodes = [_Episode(prompt, sample) for prompt in share for sample in range(sampling.group_size)]
-        if journal:
-            for episode in episodes:
-                if completion := journal.get(episode.prompt.id, episode.sample).get("completion"):
-                    episode.restore(completion, self.tokenizer)
-        keep = None if self.rank % size else journal
-        turn = 0
-        while active := [e for e in episodes if not e.ended]:
-            self._sample_turn(active, sampling, epoch, turn, description, keep)
-            self._reply([e for e in active if not e.ended], sampling.max_tokens, keep)
-            turn += 1
-        generated = time.perf_counter()
-        if self.rank % size:
-            episodes, share = [], []
-        rollouts = self._reward(episodes, vote, journal)
+        try:
+            for episode in episodes if journal else ():
+                self._restore(episode, job)
+            turn = 0
+            while active := [e for e in episodes if not e.ended]:
+                self._sample_turn(active, job, turn)
+                self._reply([e for e in active if not e.ended], job)
+                turn += 1
+            generated = time.perf_counter()
+            if not job.judges:
+                episodes, share = [], []
+            bar = tqdm(episodes, desc="reward", leave=False, disable=None)
+            rollouts = [self._rollout(episode, job) for episode in bar]
+        except BaseException:
+            self.pool.close()  # nobody waits for what was submitted
+            raise
         groups = [
             RolloutGroup(prompt, tuple(rollouts[i * sampling.group_size : (i + 1) * sampling.group_size]))
             for i, prompt in enumerate(share)
@@ -141,28 +159,29 @@ class Sampler:
         groups = [shares[i % len(shares)][i // len(shares)] for i in range(len(prompts))]
         return groups, {key: max(times[key] for _, times in everywhere) for key in times}
 
-    def _sample_turn(
-        self,
-        episodes: Sequence[_Episode],
-        sampling: Sampling,
-        epoch: int,
-        turn: int,
-        description: str,
-        journal: Journal | None,
-    ) -> None:
+    def _restore(self, episode: _Episode, job: _Job) -> None:
+        """What the journal knows of the episode."""
+        assert job.journal
+        episode.known = job.journal.get(episode.prompt.id, episode.sample)
+        if completion := episode.known.get("completion"):
+            episode.restore(completion, self.tokenizer)
+            self._judge(episode, job)
+
+    def _sample_turn(self, episodes: Sequence[_Episode], job: _Job, turn: int) -> None:
         """Adds a turn of the model to each episode; ends those that nothing can follow."""
+        sampling = job.sampling
         requests = [
             SamplingRequest(
                 (*e.prompt.prompt_ids, *e.ids),
                 sampling.max_tokens - len(e.ids),
-                sampling_seed(sampling.seed, epoch, e.prompt.id, e.sample, turn),
+                sampling_seed(sampling.seed, job.epoch, e.prompt.id, e.sample, turn),
                 sampling.temperature,
                 sampling.top_p,
             )
             for e in episodes
         ]
 
-        with tqdm(total=len(requests), desc=description, leave=False, disable=None) as bar:
+        with tqdm(total=len(requests), desc=job.description, leave=False, disable=None) as bar:
             for index, completion in generate(self.engine, requests):
                 episode = episodes[index]
                 episode.ids += completion.completion_ids
@@ -170,68 +189,73 @@ class Sampler:
                 episode.sampled += [True] * len(completion.completion_ids)
                 episode.turns.append(_turn(self.tokenizer, requests[index].prompt_ids, completion.completion_ids))
                 episode.truncated = completion.truncated
-                episode.ended = completion.truncated or episode.prompt.environment is None
-                _keep(episode, journal)
+                if completion.truncated or episode.prompt.environment is None:
+                    self._end(episode, job)
                 bar.update()
 
-    def _reply(self, episodes: Sequence[_Episode], max_tokens: int, journal: Journal | None) -> None:
+    def _reply(self, episodes: Sequence[_Episode], job: _Job) -> None:
         """Adds the environment's reply to each episode, or ends it."""
-        calls = [Call(e.prompt.environment, list(e.turns), e.prompt.row) for e in episodes if e.prompt.environment]
-        for episode, result in zip(episodes, self.pool.run(calls, "environment"), strict=True):
+        calls = [
+            self.pool.submit(Call(e.prompt.environment, list(e.turns), e.prompt.row))
+            for e in episodes
+            if e.prompt.environment
+        ]
+        bar = tqdm(episodes, desc="environment", leave=False, disable=None)
+        for episode, call in zip(bar, calls, strict=True):
+            result = call.result()
             reply = result.value
             if not isinstance(reply, str):
                 episode.failed = result.failed or reply is not None
-                episode.ended = True
-                _keep(episode, journal)
+                self._end(episode, job)
                 continue
             text = episode.prompt.before_reply + reply + episode.prompt.after_reply
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            if len(episode.ids) + len(ids) >= max_tokens:  # no room for another turn
-                episode.truncated = episode.ended = True
-                _keep(episode, journal)
+            if len(episode.ids) + len(ids) >= job.sampling.max_tokens:  # no room for another turn
+                episode.truncated = True
+                self._end(episode, job)
                 continue
             episode.ids += ids
             episode.logprobs += [0.0] * len(ids)
             episode.sampled += [False] * len(ids)
 
-    def _reward(self, episodes: Sequence[_Episode], vote: bool, journal: Journal | None) -> list[Rollout]:
-        """The episodes with rewards. What is judged is the last turn: an environment's replies may hold answers."""
-        known: list[Known] = [journal.get(e.prompt.id, e.sample) if journal else {} for e in episodes]
-        todo = [i for i, record in enumerate(known) if "solved" not in record]
-        step = SCORED_AT_ONCE if journal else max(1, len(todo))
-        for first in range(0, len(todo), step):
-            part = todo[first : first + step]
-            judged = [episodes[i] for i in part]
-            scores = self.pool.rewards([RewardItem(e.prompt.rewards, e.turns[-1], e.prompt.row) for e in judged])
-            answers: list[str | None] = [None] * len(judged)
-            if vote:
-                calls = [Call(f"{next(iter(e.prompt.rewards))}:answer", e.turns[-1], e.prompt.row) for e in judged]
-                values = [result.value for result in self.pool.run(calls, "answers")]
-                answers = [None if value is None else str(value) for value in values]
-            for i, episode, score, answer in zip(part, judged, scores, answers, strict=True):
-                reward, solved, failed = (0.0, False, True) if episode.failed else score
-                known[i] = {"reward": reward, "solved": solved, "failed": failed, "answer": answer}
-                if journal:
-                    journal.add(episode.prompt.id, episode.sample, **known[i])
-        return [
-            Rollout(
-                tuple(e.ids),
-                tuple(e.logprobs),
-                e.truncated,
-                _decode(self.tokenizer, e.ids),
-                record["reward"],
-                record["solved"],
-                record["failed"],
-                None if all(e.sampled) else tuple(e.sampled),
-                record["answer"],
-            )
-            for e, record in zip(episodes, known, strict=True)
-        ]
+    def _end(self, episode: _Episode, job: _Job) -> None:
+        """Nothing follows; the episode is judged while others are still sampled."""
+        episode.ended = True
+        if job.journal and job.judges:
+            job.journal.add(episode.prompt.id, episode.sample, completion=episode.record())
+        self._judge(episode, job)
 
+    def _judge(self, episode: _Episode, job: _Job) -> None:
+        """What is judged is the last turn: an environment's replies may hold answers."""
+        if not job.judges or "solved" in episode.known:
+            return
+        prompt, turn = episode.prompt, episode.turns[-1]
+        episode.judgement = self.pool.judge(RewardItem(prompt.rewards, turn, prompt.row))
+        if job.vote:
+            episode.answer = self.pool.submit(Call(f"{next(iter(prompt.rewards))}:answer", turn, prompt.row))
 
-def _keep(episode: _Episode, journal: Journal | None) -> None:
-    if episode.ended and journal:
-        journal.add(episode.prompt.id, episode.sample, completion=episode.record())
+    def _rollout(self, episode: _Episode, job: _Job) -> Rollout:
+        """The episode with its rewards, once they are there."""
+        known = episode.known
+        if episode.judgement:
+            reward, solved, failed = (0.0, False, True) if episode.failed else episode.judgement.result()
+            answer = episode.answer.result().value if episode.answer else None
+            known = Known(reward=reward, solved=solved, failed=failed, answer=None if answer is None else str(answer))
+            if job.journal:
+                job.journal.add(episode.prompt.id, episode.sample, **known)
+        text = _decode(self.tokenizer, episode.ids)
+        return Rollout(
+            tuple(episode.ids),
+            tuple(episode.logprobs),
+            episode.truncated,
+            text,
+            known["reward"],
+            known["solved"],
+            known["failed"],
+            None if all(episode.sampled) else tuple(episode.sampled),
+            known["answer"],
+            repetition_rate(text),
+        )
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from aspo_lightning.advantages import group_advantages, has_spread
-from aspo_lightning.evaluation.metrics import accuracy, repetition_rate
+from aspo_lightning.evaluation.metrics import accuracy
 from aspo_lightning.rollouts.settings import RewardSettings
 from aspo_lightning.types import Rollout, RolloutGroup
 
@@ -76,6 +76,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/accuracy": accuracy(groups),
         "rollout/length": mean([r.sampled_length for r in rollouts]),
         "rollout/truncated_fraction": mean([r.truncated for r in rollouts]),
-        "rollout/repetition_rate": mean([repetition_rate(r.text) for r in rollouts]),
+        "rollout/repetition_rate": mean([r.repetition_rate for r in rollouts]),
         "rollout/failed_rewards": float(sum(r.failed for r in rollouts)),
     }
