@@ -167,6 +167,7 @@ class VLLMEngine(Engine):
                     max_tokens=r.max_tokens,
                     seed=r.seed,
                     logprobs=0,
+                    flat_logprobs=True,  # two lists of a completion, not a dict and an object for each token
                     detokenize=False,
                 )
                 for r in requests
@@ -242,9 +243,12 @@ def _no_bound_device() -> Iterator[None]:
 
 
 def _completion(output: "CompletionOutput") -> Completion:
-    ids = tuple(output.token_ids)
-    logprobs = tuple((at or {})[i].logprob for i, at in zip(ids, output.logprobs or (), strict=True))
-    return Completion(ids, logprobs, truncated=output.finish_reason == "length")
+    from vllm.logprobs import FlatLogprobs
+
+    ids, flat = tuple(output.token_ids), output.logprobs
+    if not isinstance(flat, FlatLogprobs) or tuple(flat.token_ids) != ids:
+        raise RuntimeError("vLLM's log-probs are not those of the tokens that it sampled")
+    return Completion(ids, tuple(flat.logprobs), truncated=output.finish_reason == "length")
 
 
 def _return_free_memory() -> None:
