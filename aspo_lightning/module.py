@@ -119,7 +119,10 @@ class ASPOModule(LightningModule):
             self.policy = self._load()
         # With adapters the reference is the policy without them.
         if fits and self.kl_coef > 0 and not self.settings.lora_rank and self.reference is None:
-            self._reference = (self._load().eval().requires_grad_(False),)
+            reference = self._load()
+            # FSDP2 has a dtype of its own for what it gathers.
+            half = trainer is not None and trainer.precision == "bf16-mixed" and not isinstance(reference, FSDPModule)
+            self._reference = (reference.freeze(torch.bfloat16 if half else None),)
 
     def _load(self) -> ScoredCausalLM:
         trainer = trainer_of(self)

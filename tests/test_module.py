@@ -79,6 +79,18 @@ def test_without_updates_every_ratio_is_exactly_one(tiny_model, precision):
     assert metrics["policy/grad_norm"] > 0
 
 
+def test_in_mixed_precision_the_references_layers_are_kept_as_autocast_takes_them(tiny_model):
+    """That they score as the policy's do is shown above: the KL is 0."""
+    module = ASPOModule(tiny_model)
+    fit(module, Phases(make_groups()), precision="bf16-mixed")
+    halved = {name for name, p in module.reference.lm.named_parameters() if p.dtype == torch.bfloat16}
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    depth = module.reference.lm.config.num_hidden_layers
+    assert len(halved) == depth * len(layers)
+    assert all(name.split(".")[-2] in layers for name in halved)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
 def test_with_updates_the_policy_moves_and_the_reference_does_not(tiny_model):
     module = Recorded(tiny_model, optimizer=adam(1e-2))
     module.configure_model()

@@ -69,6 +69,18 @@ def test_recipes_fit_the_papers_hardware(recipe, twin, planned, tmp_path):
     assert float(fits) == pytest.approx(max(parts["together"]), abs=0.06)
 
 
+def test_an_unsharded_reference_has_16_bit_layers_in_mixed_precision(planned, tmp_path):
+    config, parameters = MODELS["qwen3_4b"]
+    config.save_pretrained(tmp_path)
+    args = ["--config", "configs/recipes/qwen3_4b.yaml", "--model.model_name_or_path", str(tmp_path)]
+    parts, _, _ = planned(*args, "--trainer.strategy", "ddp")
+    embedding = config.vocab_size * config.hidden_size / 1e9  # the head's too
+    norms = parameters - embedding
+    layer = 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728)
+    assert norms - 36 * layer / 1e9 == pytest.approx(0, abs=0.001)
+    assert parts["reference"][0] == pytest.approx(2 * 36 * layer / 1e9 + 4 * embedding, abs=0.01)
+
+
 def share_of(recipe: str) -> float:
     config = yaml.safe_load((ROOT / "configs" / "recipes" / f"{recipe}.yaml").read_text())
     return config["data"]["engine"]["init_args"]["gpu_memory_utilization"]

@@ -123,6 +123,9 @@ def plan_memory(run: Run) -> MemoryPlan:
         always["optimizer"] = run.optimizer_states * trained / shards
         if run.reference:
             always["reference"] = weights / shards
+            if run.half and not run.sharded:
+                in_layers = sum(p.numel() for layer in model.layers() for p in layer.parameters())
+                always["reference"] -= in_layers * (run.dtype.itemsize - HALF)
 
     update: dict[str, float] = {}
     if run.sharded and (run.half or shards > 1):

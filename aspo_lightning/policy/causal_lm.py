@@ -3,7 +3,7 @@
 Axes: T tokens of a packed row, N response tokens, H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -95,6 +95,17 @@ class ScoredCausalLM(nn.Module):
         if settings.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(lm.train(), chunk_size=settings.chunk_size)
+
+    def freeze(self, compute_dtype: torch.dtype | None = None) -> "ScoredCausalLM":
+        """Never trained. The weights of linear layers become what autocast to ``compute_dtype`` would make of them."""
+        for module in self.layers() if compute_dtype else ():
+            module.to(compute_dtype)
+        return self.eval().requires_grad_(False)
+
+    def layers(self) -> Iterator[nn.Linear]:
+        """The linear layers; the head isn't one of them."""
+        head = self.lm.get_output_embeddings()
+        yield from (m for m in self.modules() if type(m) is nn.Linear and m is not head)
 
     def forward(
         self, batch: MicroBatch, *, temperature: float = 1.0, entropy_grad: bool = False
