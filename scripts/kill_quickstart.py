@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from script_tools import ASPO, ROOT, environment
 
 from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.tags import CLOCKED
 
 EPOCHS, KILLED_IN = 5, 3
 
@@ -92,7 +93,7 @@ def main() -> None:
     assert a.keys() == b.keys()
     different = [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
     assert not different, different
-    curves, others = ({t: c for t, c in read_run(run).items() if not t.startswith("time/")} for run in (ours, theirs))
+    curves, others = ({t: c for t, c in read_run(run).items() if not t.startswith(CLOCKED)} for run in (ours, theirs))
     assert curves == others
     print(f"the same: completions of {EPOCHS} epochs, {len(a)} values of the last checkpoint, {len(curves)} curves")
 

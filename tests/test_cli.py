@@ -28,6 +28,8 @@ FIT_TAGS = {
     "mismatch/logprob_abs_mean",
     "mismatch/logprob_abs_max",
     *(f"time/{n}_s" for n in ("generate", "reward", "score", "update", "sync")),
+    *(f"throughput/{n}_tokens_s" for n in ("generate", "score", "update")),
+    "throughput/update_peak_share",
 }
 
 
@@ -48,6 +50,16 @@ def test_a_fit_leaves_logs_checkpoints_and_its_config(finished):
     assert set(logged) >= FIT_TAGS
     assert {len(logged[tag]) for tag in FIT_TAGS} == {2}
     assert [step for step, _ in logged["policy/loss"]] == [1, 3]  # two optimizer steps an epoch
+
+    def tokens(part):
+        rates, times = logged[f"throughput/{part}_tokens_s"], logged[f"time/{part}_s"]
+        return [rate * seconds for (_, rate), (_, seconds) in zip(rates, times, strict=True)]
+
+    completions = tiny_config(folder, folder)["data"]
+    count = completions["prompts_per_phase"] * completions["group_size"]
+    assert tokens("generate") == pytest.approx([length * count for _, length in logged["rollout/length"]], rel=1e-5)
+    assert tokens("score") == pytest.approx(tokens("update"), rel=1e-5)
+    assert all(0 < share < 1 for _, share in logged["throughput/update_peak_share"])
     assert [len(logged[f"eval/sums/{m}@2"]) for m in ("avg", "pass")] == [2, 2]  # before and after
     assert logged["mismatch/logprob_abs_max"][1][1] < 1e-3  # after updates: the engine has the new weights
     assert logged["policy/kl"][1][1] > 0

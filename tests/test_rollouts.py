@@ -289,20 +289,22 @@ def test_a_phase_may_take_all_prompts_and_a_step_for_each_group():
 
 
 def test_what_is_known_of_a_phase():
-    cut = replace(group(0, [1.0, 0.0], [20, 4]).rollouts[0], truncated=True, text="a " * 20 + "a")
+    cut = replace(group(0, [1.0, 0.0], [20, 4]).rollouts[0], truncated=True, repetition_rate=0.5)
     failed = replace(group(0, [0.0], [5]).rollouts[0], failed=True, sampled=(True, True, False, False, True))
     groups = [RolloutGroup(prompt(0), (cut, failed)), group(1, [0.5, 0.5], [2, 1])]
     before = time.perf_counter()
     phase = build_phase(groups, Constant(), **{**SETTINGS, "epoch": 7})
     elapsed = time.perf_counter() - before
     assert (phase.epoch, phase.groups) == (7, groups)
-    assert 0 < phase.metrics.pop("time/score_s") <= elapsed
+    assert 0 < (score_s := phase.metrics.pop("time/score_s")) <= elapsed
+    tokens = sum(len(row.input_ids) for row in phase)
+    assert phase.metrics.pop("throughput/score_tokens_s") == pytest.approx(tokens / score_s)
     assert phase.metrics == {
         "rollout/reward": 0.5,
         "rollout/accuracy": 0.25,
         "rollout/length": (20 + 3 + 2 + 1) / 4,
         "rollout/truncated_fraction": 0.25,
-        "rollout/repetition_rate": (1 / 2) / 4,  # of two 20-grams
+        "rollout/repetition_rate": 0.5 / 4,
         "rollout/failed_rewards": 1.0,
         "rollout/kept_groups": 1.0,
     }

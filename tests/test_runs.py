@@ -13,6 +13,7 @@ import torch
 
 from aspo_lightning.cli.fit import RUN
 from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.tags import CLOCKED
 from tests.support.faulty_runs import FaultyRuns, state
 from tests.support.ranks import Ranks
 
@@ -89,7 +90,7 @@ def test_killed_after_its_second_epoch_it_is_resumed_by_the_command_it_printed(r
     assert {p.name for p in run.glob("*.yaml")} >= {"config.yaml", "config_resumed_1.yaml"}
     assert len(list((run / "eval").iterdir())) == EPOCHS + 1
     curves = read_run(runs.run("undisturbed"))
-    curves = {tag: points for tag, points in curves.items() if tag != "epoch" and not tag.startswith("time/")}
+    curves = {tag: points for tag, points in curves.items() if tag != "epoch" and not tag.startswith(CLOCKED)}
     readers = [read_run] * (kind in ("tensorboard", "two")) + [csv_curves] * (kind in ("csv", "two"))
     for found in (read(run) for read in readers):
         assert {tag: points for tag, points in found.items() if tag in curves} == curves

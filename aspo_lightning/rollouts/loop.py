@@ -97,7 +97,9 @@ class Rollouts:
         self.sampler.engine.sleep()
         learned = self.curriculum.update(groups)
         phase = self.train_on(groups, policy, epoch, probe)
-        phase.metrics.update(times, **{"time/sync_s": sync_s}, **learned)
+        sampled = sum(rollout.sampled_length for group in groups for rollout in group.rollouts)
+        speed = sampled / times["time/generate_s"] / self.sampler.world_size
+        phase.metrics.update(times, **{"time/sync_s": sync_s, "throughput/generate_tokens_s": speed}, **learned)
         return phase
 
     def sample(self, epoch: int) -> tuple[list[RolloutGroup], dict[str, float]]:
@@ -155,6 +157,7 @@ class Rollouts:
             **rollout_metrics(groups),
             "rollout/kept_groups": float(len(kept)),
             "time/score_s": score_s,
+            "throughput/score_tokens_s": sum(len(row.input_ids) for row in rows) / score_s,
         }
         corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
         return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics, canary)

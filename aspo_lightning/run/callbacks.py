@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -12,7 +13,8 @@ from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.run.folder import run_folder
-from aspo_lightning.run.lightning import datamodule_of, log_epoch, phase_of
+from aspo_lightning.run.lightning import datamodule_of, language_model, log_epoch, phase_of
+from aspo_lightning.run.throughput import product_peak, update_flops
 
 
 class PhaseReport(Callback):
@@ -22,6 +24,11 @@ class PhaseReport(Callback):
         self._start = 0.0
         self._validation_start = 0.0
         self._before: dict[str, Tensor] = {}
+        self._peak = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else next(pl_module.parameters()).dtype
+        self._peak = product_peak(dtype, pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before = dict(trainer.callback_metrics)
@@ -37,7 +44,13 @@ class PhaseReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update_s = time.perf_counter() - self._start
-        pl_module.log("time/update_s", update_s, batch_size=1, sync_dist=True)
+        batches = phase_of(trainer).micro_batches
+        reached = {
+            "time/update_s": update_s,
+            "throughput/update_tokens_s": sum(len(batch.input_ids) for batch in batches) / update_s,
+            "throughput/update_peak_share": update_flops(language_model(pl_module), batches) / update_s / self._peak,
+        }
+        pl_module.log_dict(reached, batch_size=1, sync_dist=True)
         metrics = measured_since(self._before, trainer)
         _print(epoch_line(trainer.current_epoch, metrics))
         log_epoch(trainer)

@@ -9,6 +9,7 @@ from typing import TypeVar
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from transformers import PreTrainedModel
 
 from aspo_lightning.types import Phase
 
@@ -40,6 +41,13 @@ def phase_of(trainer: Trainer) -> Phase:
     phase = getattr(datamodule_of(trainer), "phase", None)
     assert isinstance(phase, Phase)
     return phase
+
+
+def language_model(module: LightningModule) -> PreTrainedModel:
+    """The policy that the module trains."""
+    lm = getattr(module.policy, "lm", None)
+    assert isinstance(lm, PreTrainedModel)
+    return lm
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

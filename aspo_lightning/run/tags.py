@@ -27,8 +27,15 @@ TAGS = {
     "time/reward_s": "seconds of waiting for rewards after that",
     "time/score_s": "seconds of old and reference log-probs",
     "time/update_s": "seconds of the optimizer steps",
+    "throughput/generate_tokens_s": "tokens that the model sampled, a second and rank",
+    "throughput/score_tokens_s": "tokens of the micro-batches over the seconds of scoring, a rank",
+    "throughput/update_tokens_s": "the same over those of the optimizer steps",
+    "throughput/update_peak_share": "the update's products with weights, over what one large product reaches here",
 }
 """Of each epoch. Averages over tokens are missing for an epoch in which no group was trained on."""
+
+CLOCKED = ("time/", "throughput/")
+"""How the tags begin that tell how fast it went: in no two runs the same."""
 
 EVALUATION = {
     "avg@<k>": "share of the k completions of each problem that solve it",

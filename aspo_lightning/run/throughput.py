@@ -1,0 +1,48 @@
+"""What an update computes, against what the machine can."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from aspo_lightning.scorer import matmul
+from aspo_lightning.types import MicroBatch
+
+_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns: enough for the peak, and soon done
+_TIMES = 5
+
+
+def update_flops(lm: PreTrainedModel, batches: Iterable[MicroBatch]) -> float:
+    """Operations of the weights' products in forward and backward of these micro-batches, by the whole model.
+
+    Of T tokens of a row, and in the head N response tokens: 2 for each weight in forward, 2 for the gradient of what
+    comes in, 2 for that of the weight where it is trained. Of experts, the share that a token goes through. Attention
+    between tokens isn't counted, nor what gradient checkpointing repeats.
+    """
+    rows, responses = (sum(sizes) for sizes in zip(*((len(b.input_ids), len(b.targets)) for b in batches), strict=True))
+    head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
+    chosen = getattr(lm.config.get_text_config(), "num_experts_per_tok", None) or 1
+
+    def of(weight: nn.Parameter) -> float:
+        used = chosen / len(weight) if weight.ndim == 3 else 1.0  # the weights of all experts in one
+        return (6 if weight.requires_grad else 4) * weight.numel() * used
+
+    layers = (p for p in lm.parameters() if p.ndim > 1 and p is not head and p is not embedding)
+    return rows * sum(map(of, layers)) + responses * of(head)
+
+
+def product_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a large product on this machine: the fastest of several."""
+    n = _SIZE[device.type]
+    a = torch.randn(n, n, device=device).to(dtype)
+    product = matmul if dtype == torch.float32 else torch.mm
+    fastest = float("inf")
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        product(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * n**3 / fastest
