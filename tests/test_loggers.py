@@ -125,7 +125,10 @@ def test_samples_are_the_best_the_worst_the_longest_and_the_same_random_one():
     assert len({id(chosen(phase(*found.groups[0].rollouts, epoch=e))["random"][1]) for e in range(20)}) > 2
 
 
-HOSTILE = "<script>window.pwned=1</script>\n# title\n[link](javascript:x) ![](http://x)\r\n\x00\u2028- item\u2029`a` \u202e\ud800"
+HOSTILE = (
+    "<script>window.pwned=1</script>\n# title\n[link](javascript:x) ![](http://x)\r\n\x00\u2028- item\u2029`a` "
+    "\u202e\ud800"
+)
 
 
 def test_what_a_model_writes_is_shown_as_text():

@@ -57,11 +57,11 @@ def test_the_tokens_kept_are_those_of_the_last_micro_batch(tiny_model):
     tokens = token_records(trained, tokenizer)
     assert tokens == {
         3: {
-            "text": [tokenizer.decode([7]), tokenizer.decode([8])],
+            "text": [seven, eight],
             "ratio": pytest.approx([1.1, 1.5]),
             "entropy": [0.25, 0.5],
         },
-        1: {"text": [tokenizer.decode([9])], "ratio": pytest.approx([0.5]), "entropy": [0.75]},
+        1: {"text": [nine], "ratio": pytest.approx([0.5]), "entropy": [0.75]},
     }
 
 
@@ -151,9 +151,8 @@ def test_a_run_keeps_its_newest_completions(tiny_model, tmp_path):
     assert list(files) == [1, 2]
     for path in files.values():
         found = list(read_rollouts(path))
-        assert [(r["prompt_id"], r["sample"]) for r in found] == [
-            (found[4 * g]["prompt_id"], s) for g in range(4) for s in range(4)
-        ]
+        places = [(r["prompt_id"], r["sample"]) for r in found]
+        assert places == [(found[4 * group]["prompt_id"], sample) for group in range(4) for sample in range(4)]
         trained = [r for r in found if r["advantage"] is not None]
         assert 4 <= len(trained) <= 16
         for r in trained:
