@@ -55,6 +55,7 @@ def test_the_tokens_kept_are_those_of_the_last_micro_batch(tiny_model):
     trained.add(micro_batch(), micro_batch().old_logprobs + ratio.log(), entropy, ASPO())
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokens = token_records(trained, tokenizer)
+    seven, eight, nine = (tokenizer.decode([token]) for token in (7, 8, 9))
     assert tokens == {
         3: {
             "text": [seven, eight],
