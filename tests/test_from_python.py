@@ -39,7 +39,7 @@ def small(code: str) -> str:
 def test_the_readmes_program_runs_as_printed_and_resumes(home, tmp_path):
     section = (ROOT / "README.md").read_text().partition("## From Python")[2]
     code = small(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
-    assert len(code.splitlines()) <= 20
+    assert sum(line != "" for line in code.splitlines()) <= 20
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)}
 
     def run(code):

@@ -27,7 +27,10 @@ def run(tiny_model, tmp_path_factory):
     config["trainer"]["logger"] = [
         {"class_path": LOGGERS + "TensorBoardLogger", "init_args": {"save_dir": RUN, "default_hp_metric": False}},
         {"class_path": LOGGERS + "WandbLogger", "init_args": {"save_dir": RUN, "offline": True}},
-        {"class_path": LOGGERS + "MLFlowLogger", "init_args": {"save_dir": f"{RUN}/mlruns", "run_name": "tiny"}},
+        {
+            "class_path": LOGGERS + "MLFlowLogger",
+            "init_args": {"tracking_uri": f"sqlite:///{RUN}/mlflow.db", "artifact_location": f"{RUN}/artifacts"},
+        },
     ]
     path = write_config(folder / "config.yaml", config)
     for epochs, resume in (("1", []), ("2", ["--ckpt_path", "last"])):
@@ -94,13 +97,13 @@ def test_wandb_has_settings_curves_and_tables(run):
 def test_mlflow_has_settings_curves_and_tables(run):
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"file:{run}/mlruns")
+    client = MlflowClient(f"sqlite:///{run}/mlflow.db")
     found = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert len(found) == 2
     assert all(one.data.params["model.kl_coef"] == "0.001" for one in found)
     steps = sorted(m.step for one in found for m in client.get_metric_history(one.info.run_id, "rollout/reward"))
     assert steps == [1, 3]
-    tables = [path for path in run.glob("mlruns/**/samples.json") if path.is_file()]
+    tables = [path for path in run.glob("artifacts/**/samples.json") if path.is_file()]
     assert len(tables) == 2
     for table in tables:
         content = json.loads(table.read_text())

@@ -53,7 +53,10 @@ EVALUATION = {
 """Of each benchmark that is evaluated, as ``eval/<benchmark>/...``."""
 
 
+FINAL = {"final/<tag>": "the last value of reward, accuracy, entropy and avg@k, beside the settings in TensorBoard"}
+
+
 def table() -> str:
     """Markdown: a row for each tag."""
-    rows = {**TAGS, **{f"eval/<benchmark>/{name}": meaning for name, meaning in EVALUATION.items()}}
+    rows = {**TAGS, **FINAL, **{f"eval/<benchmark>/{name}": meaning for name, meaning in EVALUATION.items()}}
     return "\n".join(["| tag | meaning |", "|---|---|", *(f"| `{tag}` | {meaning} |" for tag, meaning in rows.items())])
