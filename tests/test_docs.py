@@ -1,4 +1,4 @@
-"""What README, docs and a run itself show: commands work as typed, in that order, in a fresh shell; configs are parsed."""
+"""What README, docs and a run itself show: commands work as typed, in a fresh shell, and configs are parsed."""
 
 import re
 import shlex
