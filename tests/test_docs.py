@@ -45,7 +45,7 @@ def clone(tmp_path_factory):
     stamp = subprocess.run(
         "cksum < pyproject.toml | cut -d ' ' -f 1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
-    (ROOT / ".venv" / f"installed-cpu-quickstart-{stamp.stdout.strip()}").touch()  # scripts/test.sh has installed more
+    (ROOT / ".venv" / f"installed-cpu-{stamp.stdout.strip()}").touch()  # scripts/test.sh has installed more
     for name in ("quickstart.yaml", "eval/quickstart.yaml"):
         path = folder / "configs" / name
         config = yaml.safe_load(path.read_text())

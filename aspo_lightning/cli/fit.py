@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
+from aspo_lightning.cli.configs import ConfigByName
 from aspo_lightning.cli.ranks import wait_for_ranks
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.errors import ConfigError, EngineError
@@ -44,6 +45,13 @@ DEFAULT_LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "
 
 
 class ASPOCLI(LightningCLI):
+    def init_parser(self, **kwargs: object) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigByName, help="a YAML file, or the name of a config that `aspo configs` lists"
+        )
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.model_name_or_path", "data.model_name_or_path")
         parser.link_arguments("data.temperature", "model.temperature")
