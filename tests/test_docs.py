@@ -59,6 +59,8 @@ def clone(tmp_path_factory):
         if "eval_max_completion_length" in config["data"]:
             config["data"] |= {"eval_max_completion_length": 8, "max_prompt_length": 112, "max_completion_length": 8}
         path.write_text(yaml.safe_dump(config))
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / name)  # in the working directory: found by its name
     model = folder / "home" / ".cache" / "aspo_lightning" / "SmolLM2-135M-Instruct"
     model.mkdir(parents=True)
     save_model(model)

@@ -11,10 +11,10 @@ BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 def main() -> None:
     """Entry point of the console script ``aspo``."""
     if misfits := built_for_another_torch():
-        names = " ".join(misfits)
+        remove = f"{shlex.quote(sys.executable)} -m pip uninstall --yes {' '.join(misfits)}"
         sys.exit(
-            f"aspo: error: {', '.join(misfits)} can't be loaded beside torch {version('torch')}, and break transformers "
-            f"and vLLM. Nothing here needs them: {shlex.quote(sys.executable)} -m pip uninstall --yes {names}"
+            f"aspo: error: {', '.join(misfits)} can't be loaded beside torch {version('torch')}, which breaks "
+            f"transformers and vLLM. Nothing here needs them: {remove}"
         )
     from aspo_lightning.cli.main import main as command
 

@@ -34,6 +34,12 @@ class RunFolder:
         """Where an evaluation in training is; ``again`` counts different ones of the same step."""
         return self.path / "eval" / (f"step_{step:06d}" + (f".{again}" if again else ""))
 
+    def evaluations(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the evaluations in training, in order; of those of the same step, too."""
+        names = ((re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name), path) for path in self.path.glob("eval/step_*"))
+        found = sorted((int(match[1]), int(match[2] or 0), path) for match, path in names if match)
+        return [(step, path) for step, _, path in found]
+
     def not_finite(self, step: int, rank: int) -> Path:
         """Where the micro-batches are whose loss or gradient wasn't finite."""
         return self.path / f"not_finite_step_{step}_rank_{rank}.pt"
@@ -44,6 +50,9 @@ class RunFolder:
 
     def _config(self, number: int) -> Path:
         return self.path / f"config{self.suffix(number)}.yaml"
+
+    def _origin(self, number: int) -> Path:
+        return self.path / f"origin{self.suffix(number)}.json"
 
     @staticmethod
     def suffix(number: int) -> str:
@@ -67,6 +76,13 @@ class RunFolder:
                 "--allow_changes true."
             ) from error
 
+    def origin(self) -> dict[str, object]:
+        """Where the numbers come from, as ``record`` wrote it last; empty if that isn't there or is damaged."""
+        try:
+            return dict(json.loads(self._origin(self.starts() - 1).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
     def record(self, config: str, ranks: int) -> None:
         """Writes the settings, and where the numbers come from."""
         number = self.starts()
@@ -78,7 +94,7 @@ class RunFolder:
             "working_directory": git_revision(Path.cwd()),
             "ranks": ranks,
         }
-        write_text(self.path / f"origin{self.suffix(number)}.json", json.dumps(origin, indent=1) + "\n")
+        write_text(self._origin(number), json.dumps(origin, indent=1) + "\n")
 
     def lock(self) -> TextIO:
         """Keeps other runs out of the folder, for as long as the file is open.
