@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile
 
 from aspo_lightning.errors import ConfigError
 
@@ -61,9 +61,13 @@ class ConfigByName(ActionConfigFile):
     """``--config`` that takes the name of a shipped config as well as a file."""
 
     def __call__(
-        self, parser: ArgumentParser, namespace: Namespace, values: str, option_string: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
     ) -> None:
-        super().__call__(parser, namespace, find_config(values), option_string)
+        super().__call__(parser, namespace, find_config(str(values)), option_string)
 
 
 def table() -> str:

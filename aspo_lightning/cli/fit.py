@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
@@ -45,7 +45,7 @@ DEFAULT_LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "
 
 
 class ASPOCLI(LightningCLI):
-    def init_parser(self, **kwargs: object) -> LightningArgumentParser:
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parser_class(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ConfigByName, help="a YAML file, or the name of a config that `aspo configs` lists"
