@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-bash scripts/install.sh quickstart data docs dev
+bash scripts/install.sh data docs dev
 if ! command -v bwrap > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
   apt-get update -qq && apt-get install -qq --yes bubblewrap > /dev/null # the sandbox of code rewards
 fi

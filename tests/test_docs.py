@@ -52,7 +52,7 @@ def clone(tmp_path_factory):
     stamp = subprocess.run(
         "cksum < pyproject.toml | cut -d ' ' -f 1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
-    (ROOT / ".venv" / f"installed-cpu-quickstart-{stamp.stdout.strip()}").touch()  # scripts/test.sh has installed more
+    (ROOT / ".venv" / f"installed-cpu-{stamp.stdout.strip()}").touch()  # scripts/test.sh has installed more
     for name in ("quickstart.yaml", "eval/quickstart.yaml"):
         path = folder / "configs" / name
         config = yaml.safe_load(path.read_text())
@@ -66,6 +66,8 @@ def clone(tmp_path_factory):
         if "eval_max_completion_length" in config["data"]:
             config["data"] |= {"eval_max_completion_length": 8, "max_prompt_length": 112, "max_completion_length": 8}
         path.write_text(yaml.safe_dump(config))
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / name)  # in the working directory: found by its name
     model = folder / "home" / ".cache" / "aspo_lightning" / "SmolLM2-135M-Instruct"
     model.mkdir(parents=True)
     save_model(model)

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
+from aspo_lightning.cli.configs import ConfigByName
 from aspo_lightning.cli.ranks import wait_for_ranks
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.errors import ConfigError, EngineError
@@ -42,6 +43,13 @@ DEFAULT_LOGGER = {
 
 
 class ASPOCLI(LightningCLI):
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigByName, help="a YAML file, or the name of a config that `aspo configs` lists"
+        )
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.model_name_or_path", "data.model_name_or_path")
         parser.link_arguments("data.temperature", "model.temperature")

@@ -34,6 +34,12 @@ class RunFolder:
         """Where an evaluation in training is; ``again`` counts different ones of the same step."""
         return self.path / "eval" / (f"step_{step:06d}" + (f".{again}" if again else ""))
 
+    def evaluations(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the evaluations in training, in order; of those of the same step, too."""
+        names = ((re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name), path) for path in self.path.glob("eval/step_*"))
+        found = sorted((int(match[1]), int(match[2] or 0), path) for match, path in names if match)
+        return [(step, path) for step, _, path in found]
+
     def not_finite(self, step: int, rank: int) -> Path:
         """Where the micro-batches are whose loss or gradient wasn't finite."""
         return self.path / f"not_finite_step_{step}_rank_{rank}.pt"
@@ -42,11 +48,11 @@ class RunFolder:
         """How often the run has been started so far."""
         return next(n for n in itertools.count() if not (self._config(n).exists() or self._origin(n).exists()))
 
-    def _origin(self, number: int) -> Path:
-        return self.path / f"origin{self.suffix(number)}.json"
-
     def _config(self, number: int) -> Path:
         return self.path / f"config{self.suffix(number)}.yaml"
+
+    def _origin(self, number: int) -> Path:
+        return self.path / f"origin{self.suffix(number)}.json"
 
     @staticmethod
     def suffix(number: int) -> str:
@@ -69,6 +75,13 @@ class RunFolder:
                 f"{path} is damaged: {' '.join(str(error).split())}. Without it a run is resumed with "
                 "--allow_changes true."
             ) from error
+
+    def origin(self) -> dict[str, object]:
+        """Where the numbers come from, as ``record`` wrote it last; empty if that isn't there or is damaged."""
+        try:
+            return dict(json.loads(self._origin(self.starts() - 1).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def record(self, config: str | None, ranks: int) -> None:
         """Writes the settings, where there are some, and where the numbers come from."""
