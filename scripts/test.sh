@@ -4,8 +4,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/install.sh data docs dev
-if ! command -v bwrap > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
-  apt-get update -qq && apt-get install -qq --yes bubblewrap > /dev/null # the sandbox of code rewards
+missing=()
+command -v bwrap > /dev/null || missing+=(bubblewrap) # the sandbox of code rewards
+command -v chromium > /dev/null || missing+=(chromium) # opens the page of aspo view
+command -v chromedriver > /dev/null || missing+=(chromium-driver)
+if [ ${#missing[@]} -gt 0 ] && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+  apt-get update -qq && apt-get install -qq --yes "${missing[@]}" > /dev/null
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -125,6 +125,12 @@ def test_the_commands_that_a_run_prints_work_as_typed(readme, clone):
     assert list((clone / "runs/quickstart/version_0/checkpoints").glob("epoch_00003.ckpt"))
 
 
+def test_the_page_of_runs_is_made_as_typed(readme, clone):
+    assert (clone / "runs/quickstart/version_0/view.html").is_file()
+    run(clone, commands("docs/view.md"))
+    assert (clone / "compared.html").is_file()
+
+
 @pytest.fixture(scope="module")
 def parsers():
     """Makes the parser of each kind of command once: it takes a second, and parsing a fifth of one."""

@@ -4,7 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from aspo_lightning.cli import configs, export, report
+from aspo_lightning.cli import configs, export, report, view
 from aspo_lightning.cli.evaluate import EvaluationCLI
 from aspo_lightning.cli.fit import ASPOCLI
 from aspo_lightning.cli.parser import Parser
@@ -24,7 +24,7 @@ HARMLESS_WARNINGS = [
 
 MODEL = "--model.model_name_or_path"  # what a user means by --model, which LightningCLI takes for a config file
 
-TOOLS = {"configs": configs.main, "export": export.main, "report": report.main}
+TOOLS = {"configs": configs.main, "export": export.main, "report": report.main, "view": view.main}
 
 
 def error_for_people(error: BaseException | None) -> AspoError | None:
@@ -54,9 +54,7 @@ def main() -> None:
             save_config_callback=None,  # RunRecord does it
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={
-                "description": "Also: aspo plan (takes what fit takes), aspo configs, aspo export, aspo report."
-            },
+            parser_kwargs={"description": "Also: aspo plan (takes what fit takes), configs, export, report, view."},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypedDict
@@ -79,5 +80,5 @@ def read_rollouts(path: Path) -> Iterator[RolloutRecord]:
         with gzip.open(path, "rt") as lines:
             for line in lines:
                 yield json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise RunError(f"{path} is damaged: {' '.join(str(error).split())}. Remove it to see the others.") from error
