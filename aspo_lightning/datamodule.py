@@ -92,9 +92,11 @@ class RolloutDataModule(LightningDataModule):
             if stage == "fit":
                 check_trainer(self.trainer, self.phase)
         if self.train_task is None and stage == "fit":
-            raise ConfigError("There is nothing to train on: data.train isn't set. See configs/data and the README.")
+            raise ConfigError("There is nothing to train on: data.train isn't set. `aspo configs` lists tasks: data/…")
         if not self.val_tasks and stage != "fit":
-            raise ConfigError("There is nothing to evaluate: data.val isn't set. See configs/eval and the README.")
+            raise ConfigError(
+                "There is nothing to evaluate: data.val isn't set. `aspo configs` lists benchmarks: eval/…"
+            )
         self._forget_phase()  # of a fit that failed
         if not (self.train_prompts or self.val_prompts):
             self._prepare()

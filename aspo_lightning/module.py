@@ -200,7 +200,7 @@ class ASPOModule(LightningModule):
         self._log_tokens({f"policy/{name}": mean for name, mean in metrics.items()})
         self._log_tokens({"mismatch/logprob_abs_mean": token_mean(mismatch), "mismatch/logprob_abs_max": (mismatch,)})
         self._loss_is_finite = self._loss_is_finite.to(loss.device) & loss.detach().isfinite()
-        return {"loss": loss, "logprobs": logprobs.detach()}
+        return {"loss": loss, "logprobs": logprobs.detach(), "entropy": entropy.detach()}
 
     def _log_tokens(self, metrics: Mapping[str, TokenMean | tuple[Tensor]]) -> None:
         """Logs means and maxima over the tokens of all micro-batches and ranks, at the end of the epoch."""

@@ -253,7 +253,7 @@ def policy_loss(
         tokens with a positive and with a negative advantage. Log-ratios beyond +-20 are taken as +-20.
     """
     with torch.no_grad():
-        ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        ratio = token_ratio(logprobs, old_logprobs)
         entropy = None if token_entropy is None else token_entropy.detach()
         token_weights = objective.token_weights(ratio, advantages, sequence_index=sequence_index, token_entropy=entropy)
         metrics = {}
@@ -263,6 +263,11 @@ def policy_loss(
             metrics[f"ratio_{sign}"] = token_mean(ratio, where)
     loss = -(loss_weights * token_weights.weights * advantages * logprobs).sum()
     return loss, metrics
+
+
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """[N] pi / pi_old; log-ratios beyond +-20 are taken as +-20."""
+    return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 KLEstimator = Literal["k1", "k2", "k3"]

@@ -16,7 +16,7 @@ reference log-probs: by the frozen model that a KL penalty is measured from.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -87,6 +87,10 @@ class Rollout(Completion):
     """What it answers, as text to compare others with; only where a vote is wanted, and None if it can't be known."""
     repetition_rate: float = 0.0
     """Of its text, see ``evaluation.metrics``."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """The value of each reward function that didn't fail, by its path, before it is weighed."""
+    turns: int = 1
+    """Of the model; more than one only with an environment."""
 
     @property
     def sampled_length(self) -> int:
@@ -124,6 +128,14 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
 
 
+class TrainedSequence(NamedTuple):
+    """A completion that is trained, with its advantage."""
+
+    prompt_ids: tuple[int, ...]
+    rollout: Rollout
+    advantage: float
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The groups sampled for one benchmark, and what they measure."""
@@ -148,6 +160,8 @@ class MicroBatch:
     """[T]; each completion without its last token, from which nothing is predicted."""
     position_ids: Tensor
     """[T]; from 0 with each prompt; each of its completions continues from the prompt's end."""
+    members: tuple[int, ...]
+    """Which of the phase's trained sequences the responses are, by their number there."""
     row_lengths: tuple[tuple[int, ...], ...]
     """Of each prompt in the row: its tokens, then those of each completion; T together."""
     response_index: Tensor
@@ -177,8 +191,11 @@ class MicroBatch:
         advantages: Sequence[float] | None = None,
         loss_weights: Sequence[float] | None = None,
         generator_logprobs: Sequence[Sequence[float]] | None = None,
+        members: Sequence[int] | None = None,
     ) -> "MicroBatch":
         """Packs (prompt_ids, completion_ids) pairs; ``advantages`` and ``loss_weights`` are per sequence.
+
+        Without ``members`` these are the first trained sequences of the phase.
 
         Neighbours with the same prompt share it. Completion tokens that weren't ``sampled`` are context like the
         prompt: they are in the row and not among the N.
@@ -223,6 +240,7 @@ class MicroBatch:
         return MicroBatch(
             input_ids=torch.tensor(input_ids or [0]),
             position_ids=torch.tensor(position_ids or [0]),
+            members=tuple(range(len(sequences)) if members is None else members),
             row_lengths=tuple(map(tuple, row_lengths)) or ((1,),),
             response_index=torch.tensor(response_index, dtype=torch.long),
             targets=torch.tensor(targets, dtype=torch.long),
@@ -241,13 +259,13 @@ class MicroBatch:
         lengths = {"input_ids": tokens, "position_ids": tokens}
         tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         first = {name: x[: lengths.get(name, n)] for name, x in tensors.items()}
-        return replace(self, row_lengths=self.row_lengths[:1], **first)
+        return replace(self, row_lengths=self.row_lengths[:1], members=self.members[:completions], **first)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on ``device``."""
         tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
-        return replace(self, row_lengths=self.row_lengths, **moved)
+        return replace(self, members=self.members, row_lengths=self.row_lengths, **moved)
 
 
 @dataclass(frozen=True)
@@ -262,6 +280,8 @@ class Phase:
     """All that were sampled, on all ranks, kept or not."""
     metrics: dict[str, float] = field(default_factory=dict)
     """By TensorBoard tag; the same on every rank."""
+    trained: list[TrainedSequence] = field(default_factory=list)
+    """All that are trained on, on all ranks."""
     canary: Tensor = field(default_factory=lambda: torch.empty(0))
     """Log-probs of the first micro-batch's first response tokens, scored before any update: see ``RatioCanary``."""
 

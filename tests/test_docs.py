@@ -1,18 +1,21 @@
-"""Every command that README, docs and a run itself show works as typed, in that order, in a fresh shell."""
+"""What README, docs and a run itself show: commands work as typed, in a fresh shell, and configs are parsed."""
 
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from aspo_lightning.cli.fit import ASPOCLI
+from aspo_lightning.cli.main import TOOLS, main
 from tests.support.commands import ROOT, aspo_here
 from tests.support.models import save_model, save_tokenizer
 
-DOCS = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+DOCS = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
 # What takes a hub, a cluster, hours, or is this suite.
 ELSEWHERE = (
     "bash scripts/install.sh",
@@ -21,14 +24,18 @@ ELSEWHERE = (
     "bash scripts/test_gpu",
     "bash scripts/serve.sh",
     "sbatch ",
+    "mkdocs serve",
 )
-BIG = ("configs/recipes/", "configs/eval/math.yaml")
+
+
+def blocks(doc: str, language: str) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / doc).read_text(), re.DOTALL)
 
 
 def commands(doc: str) -> list[str]:
     """The lines of a page's shell blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / doc).read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(doc, "bash")).replace("\\\n", " ").splitlines()
     return [line for line in (re.sub(r"\s+#.*", "", line) for line in lines) if line]
 
 
@@ -45,7 +52,7 @@ def clone(tmp_path_factory):
     stamp = subprocess.run(
         "cksum < pyproject.toml | cut -d ' ' -f 1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
-    (ROOT / ".venv" / f"installed-cpu-quickstart-{stamp.stdout.strip()}").touch()  # scripts/test.sh has installed more
+    (ROOT / ".venv" / f"installed-cpu-{stamp.stdout.strip()}").touch()  # scripts/test.sh has installed more
     for name in ("quickstart.yaml", "eval/quickstart.yaml"):
         path = folder / "configs" / name
         config = yaml.safe_load(path.read_text())
@@ -59,6 +66,8 @@ def clone(tmp_path_factory):
         if "eval_max_completion_length" in config["data"]:
             config["data"] |= {"eval_max_completion_length": 8, "max_prompt_length": 112, "max_completion_length": 8}
         path.write_text(yaml.safe_dump(config))
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / name)  # in the working directory: found by its name
     model = folder / "home" / ".cache" / "aspo_lightning" / "SmolLM2-135M-Instruct"
     model.mkdir(parents=True)
     save_model(model)
@@ -122,13 +131,63 @@ def test_the_page_of_runs_is_made_as_typed(readme, clone):
     assert (clone / "compared.html").is_file()
 
 
+@pytest.fixture(scope="module")
+def parsers():
+    """Makes the parser of each kind of command once: it takes a second, and parsing a fifth of one."""
+    made: dict[type, dict[str, object]] = {}
+    setup = ASPOCLI.setup_parser
+
+    def once(cli: ASPOCLI, *args, **kwargs) -> None:
+        if type(cli) not in made:
+            setup(cli, *args, **kwargs)
+            made[type(cli)] = vars(cli).copy()
+        vars(cli).update(made[type(cli)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ASPOCLI, "setup_parser", once)
+        yield
+
+
+def parsed(monkeypatch, capsys, *arguments: str) -> dict:
+    """The settings that ``aspo`` reads from its arguments."""
+    assert aspo_here(monkeypatch, *arguments, "--print_config") == 0, arguments
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("doc", DOCS[1:])  # the README's are run
+def test_commands_are_parsed(doc, parsers, tmp_path, monkeypatch, capsys):
+    for line in commands(doc):
+        words = shlex.split(line)
+        if "aspo" not in words:
+            continue
+        arguments = words[words.index("aspo") + 1 :]
+        if arguments[0] not in TOOLS:
+            assert parsed(monkeypatch, capsys, *arguments)["data"]
+            continue
+        monkeypatch.setattr(sys, "argv", ["aspo", *arguments])
+        monkeypatch.chdir(tmp_path)  # in which there is nothing: a tool says so, but knows its arguments
+        with pytest.raises(SystemExit, match="aspo: error: "):
+            main()
+
+
+def holds(config: object, given: object) -> bool:
+    """Whether a config has the settings that are given. Classes are given by their names, with a path or without."""
+    if isinstance(given, dict):
+        return isinstance(config, dict) and all(key in config and holds(config[key], given[key]) for key in given)
+    if isinstance(config, dict):
+        config = config["class_path"]
+    return config == given or (isinstance(config, str) and config.endswith(f".{given}"))
+
+
 @pytest.mark.parametrize("doc", DOCS)
-def test_commands_for_larger_machines_are_parsed(doc, monkeypatch, capsys):
-    lines = [line for line in commands(doc) if any(big in line for big in BIG) and not line.startswith(ELSEWHERE)]
-    for line in lines:
-        arguments = line[line.index("aspo ") :].replace("--gpu-memory 80", "").replace("aspo plan", "aspo fit")
-        assert aspo_here(monkeypatch, *shlex.split(arguments)[1:], "--print_config") == 0, line
-        assert yaml.safe_load(capsys.readouterr().out)["data"]
+def test_configs_are_parsed(doc, parsers, tmp_path, monkeypatch, capsys):
+    for block in blocks(doc, "yaml"):
+        path = tmp_path / "block.yaml"
+        path.write_text(block)
+        alone = "model_name_or_path" in block  # otherwise it is an overlay
+        configs = [path] if alone else ["configs/quickstart.yaml", path]
+        arguments = [word for config in configs for word in ("--config", str(config))]
+        assert holds(parsed(monkeypatch, capsys, "fit", *arguments), yaml.safe_load(block)), block
 
 
 @pytest.mark.parametrize("doc", DOCS)

@@ -18,8 +18,8 @@ from aspo_lightning.run.folder import RunFolder, RunRecord
 from aspo_lightning.run.guards import CollapseGuard, NonFiniteGuard, RatioCanary
 from aspo_lightning.types import MicroBatch
 from tests.support.models import save_model, save_tokenizer
+from tests.support.module_fits import Phases, adam, fit
 from tests.support.one_step import make_groups
-from tests.test_module import Phases, adam, fit
 
 
 class Poison(Callback):

@@ -15,7 +15,7 @@ from aspo_lightning.engines import VLLMEngine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.tasks import Dataset
 from aspo_lightning.tasks.base import Task, training_prompts
-from tests.test_recipes import dapo_row, verl_row
+from tests.support.dataset_rows import dapo_row, verl_row
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

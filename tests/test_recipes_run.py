@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import test_benchmarks
+from tests.support.benchmark_rows import ROWS as BENCHMARK_ROWS
 from tests.support.commands import ROOT
 from tests.support.configs import write_config
+from tests.support.dataset_rows import ROWS, dapo_row, verl_row
 from tests.support.hub_cache import add_dataset, add_model
 from tests.support.published_models import MODELS
 from tests.support.ranks import Ranks
-from tests.test_recipes import ROWS, dapo_row, verl_row
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "recipes").glob("*.yaml")}
 PUBLISHED = {recipe: config for recipe, (config, _) in MODELS.items()}
@@ -74,11 +74,11 @@ DATASETS = {
     ],
     ("HuggingFaceH4/MATH-500", None, "test"): [
         row | {"unique_id": str(i)}
-        for i, row in enumerate(varied(test_benchmarks.ROWS["math500"][0][0], "problem", 3, answer="42"))
+        for i, row in enumerate(varied(BENCHMARK_ROWS["math500"][0][0], "problem", 3, answer="42"))
     ],
     ("openai/openai_humaneval", None, "test"): [
         row | {"task_id": str(i), "prompt": f"# {i}\n{row['prompt']}"}
-        for i, row in enumerate([test_benchmarks.ROWS["humaneval"][0][0]] * 3)
+        for i, row in enumerate([BENCHMARK_ROWS["humaneval"][0][0]] * 3)
     ],
 }
 

@@ -94,7 +94,7 @@ def test_what_a_reward_started_ends_with_a_run_that_is_killed(tmp_path):
         "from aspo_lightning.rewards import *\n"
         f"row, rewards = {{'file': {str(pid_file)!r}}}, {{'tests.support.hostile_rewards.daemon_and_hang': 1.0}}\n"
         "item = RewardItem(rewards, '', row)\n"
-        "RewardPool(workers=1, timeout_s=60).rewards([item])"
+        "RewardPool(workers=1, timeout_s=60).judge(item).result()"
     )
     run = subprocess.Popen([sys.executable, "-c", code])
     assert eventually(lambda: pid_file.exists() and pid_file.read_text())

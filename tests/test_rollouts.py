@@ -304,7 +304,11 @@ def test_what_is_known_of_a_phase():
         "rollout/accuracy": 0.25,
         "rollout/length": (20 + 3 + 2 + 1) / 4,
         "rollout/truncated_fraction": 0.25,
+        "rollout/length_right": 20,
+        "rollout/length_wrong": (3 + 2 + 1) / 3,
         "rollout/repetition_rate": 0.5 / 4,
+        "rollout/repetition_rate_right": 0.5,
+        "rollout/repetition_rate_wrong": 0.0,
         "rollout/failed_rewards": 1.0,
         "rollout/kept_groups": 1.0,
     }

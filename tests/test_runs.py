@@ -13,6 +13,7 @@ import torch
 
 from aspo_lightning.cli.fit import RUN
 from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.rollout_files import rollout_files
 from aspo_lightning.run.tags import CLOCKED
 from tests.support.faulty_runs import FaultyRuns, state
 from tests.support.ranks import Ranks
@@ -81,6 +82,11 @@ def test_killed_after_its_second_epoch_it_is_resumed_by_the_command_it_printed(r
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert torch.equal(ours[key], theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key], key
+    kept = [
+        {epoch: path.read_bytes() for epoch, path in rollout_files(runs.run(n)).items()} for n in ("undisturbed", kind)
+    ]
+    assert list(kept[0]) == list(range(EPOCHS))
+    assert kept[0] == kept[1]
     saved = [
         [p.name for f in ("checkpoints", "best") for p in (runs.run(n) / f).glob("*.ckpt")]
         for n in ("undisturbed", kind)

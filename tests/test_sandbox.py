@@ -225,7 +225,7 @@ def test_a_killed_worker_takes_its_sandbox_along(path):
     impatient = RewardPool(workers=1, timeout_s=1.0)
     try:
         hanging = "import time\ntime.sleep(1000)"
-        (score,) = impatient.rewards([RewardItem({path: 1.0}, hanging, {**STDIN, "time_limit": 60})])
+        (score,) = judged(impatient, [RewardItem({path: 1.0}, hanging, {**STDIN, "time_limit": 60})])
         assert score.failed
         assert left_over() == set()
     finally:

@@ -1,4 +1,4 @@
-"""The command line: ``aspo fit | validate | test | plan | export | report``."""
+"""The command line: ``aspo fit | validate | test | plan | configs | export | report``."""
 
 import os
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from torch.distributed import checkpoint as dcp
+from transformers import GenerationConfig
 
+from aspo_lightning.cli.card import model_card
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.hub import load_tokenizer
@@ -18,7 +20,7 @@ from aspo_lightning.run.folder import find_checkpoint
 
 
 def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the policy's weights (adapters merged), config and tokenizer; all of it or nothing.
+    """Writes the policy's weights (adapters merged), configs, tokenizer and model card; all of it or nothing.
 
     Args:
         source: a run's folder (its newest checkpoint is taken), or a checkpoint: a file, or a sharded one's folder.
@@ -30,16 +32,22 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder. Choose another place.")
-    policy, name = load_policy(find_checkpoint(source))
+    checkpoint = find_checkpoint(source)
+    policy, name = load_policy(checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         folder = Path(temporary) / target.name
         weights = {key: value.to(dtype or value.dtype) for key, value in full_weights(policy.lm)}
+        # As the model was published: transformers refuses to save some that it has read.
+        generation, policy.lm.generation_config = policy.lm.generation_config, GenerationConfig()
         policy.lm.save_pretrained(folder, state_dict=weights)
+        generation.to_json_file(folder / "generation_config.json")
         config = type(policy.lm.config).from_pretrained(name)  # the policy's own is without dropout
         config.architectures, config.dtype = [type(policy.lm).__name__], dtype or policy.lm.dtype
         config.save_pretrained(folder)
         load_tokenizer(name).save_pretrained(folder)
+        card = model_card(target.resolve().name, checkpoint, dtype or policy.lm.dtype)
+        (folder / "README.md").write_text(card)
         folder.rename(target)
 
 

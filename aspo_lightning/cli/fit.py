@@ -5,45 +5,51 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
+from aspo_lightning.cli.configs import ConfigByName
 from aspo_lightning.cli.ranks import wait_for_ranks
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.errors import ConfigError, EngineError
-from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResults
+from aspo_lightning.evaluation.callbacks import EvaluationReport
 from aspo_lightning.identity import TRAINER, counting, differences
 from aspo_lightning.module import ASPOModule
 from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.rollouts.settings import RolloutSettings
-from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint
+from aspo_lightning.run.callbacks import BestCheckpoint
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_resumable, trained_steps
 from aspo_lightning.run.disk import check_writable
 from aspo_lightning.run.folder import RunFolder, RunRecord, find_checkpoint, is_run, last_run, new_run
-from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
+from aspo_lightning.run.guards import GracefulStop
 from aspo_lightning.run.lightning import callback_of
 from aspo_lightning.run.memory import peak_memory
-
-GUARDS = {"non_finite": NonFiniteGuard, "ratio_canary": RatioCanary, "collapse": CollapseGuard}
-
-SAVED = {"best": BestCheckpoint, "checkpoint": RunCheckpoint}
-
-CALLBACKS = {**GUARDS, **SAVED}
+from aspo_lightning.training import CALLBACKS, CHECKPOINT_DEFAULTS, TRAINER_DEFAULTS, callbacks
 
 RUN = "{run}"
 """In a logger's settings: the run's folder."""
 
-DEFAULT_LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": RUN}}
+DEFAULT_LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": RUN, "default_hp_metric": False},
+}
 
 
 class ASPOCLI(LightningCLI):
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigByName, help="a YAML file, or the name of a config that `aspo configs` lists"
+        )
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.model_name_or_path", "data.model_name_or_path")
         parser.link_arguments("data.temperature", "model.temperature")
@@ -52,25 +58,12 @@ class ASPOCLI(LightningCLI):
             parser.add_class_arguments(callback, key)
         parser.set_defaults(
             {
-                "trainer.reload_dataloaders_every_n_epochs": 1,
-                "trainer.use_distributed_sampler": False,
-                "trainer.num_sanity_val_steps": 0,
-                "trainer.inference_mode": False,  # in inference mode sharded weights can do less
-                "trainer.log_every_n_steps": 1,
-                "trainer.gradient_clip_val": 1.0,
-                "trainer.max_epochs": 100,
+                **{f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()},
                 "trainer.default_root_dir": "runs/aspo",
                 "trainer.logger": DEFAULT_LOGGER,
                 "data.engine": {"class_path": "aspo_lightning.engines.VLLMEngine"},
                 "data.curriculum": {"class_path": "aspo_lightning.curriculum.Shuffled"},
-                "checkpoint.monitor": "step",  # the newest two: one may turn out to be damaged
-                "checkpoint.mode": "max",
-                "checkpoint.save_top_k": 2,
-                "checkpoint.filename": "epoch_{epoch:05d}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": "link",
-                "checkpoint.save_on_train_epoch_end": True,
-                "checkpoint.enable_version_counter": False,
+                **{f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()},
             }
         )
 
@@ -137,16 +130,14 @@ class ASPOCLI(LightningCLI):
                 f"trainer.plugins has {type(other).__name__}, but checkpoints are written whole or not at all by "
                 "AtomicCheckpointIO. Leave it out."
             )
-        callbacks: list[Callback] = [RunRecord(self.run, self.given)] if self.run else []
-        callbacks += [config[key] for key in GUARDS]
+        record = RunRecord(self.run, self.given) if self.run else None
+        # Without a fit they only say whether their settings are right.
+        saves = settings.enable_checkpointing is not False or self.subcommand != "fit"
+        given = callbacks({key: config[key] for key in CALLBACKS}, record, saves)
         own = config.trainer.callbacks or []
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in own):
-            callbacks.append(TQDMProgressBar())
-        callbacks += [PhaseReport(), EvaluationReport(), EvaluationResults(), GracefulStop()]
-        # The best first: the others' files hold its state. Without a fit it only says whether its settings are right.
-        if settings.enable_checkpointing is not False or self.subcommand != "fit":
-            callbacks += [config[key] for key in SAVED]
-        self.trainer_defaults = {"callbacks": callbacks}
+            given.append(TQDMProgressBar())
+        self.trainer_defaults = {"callbacks": given}
         return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
 
     def before_fit(self) -> None:

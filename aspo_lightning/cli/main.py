@@ -1,10 +1,10 @@
-"""The console script ``aspo``."""
+"""The commands of ``aspo``."""
 
 import sys
 import warnings
 from pathlib import Path
 
-from aspo_lightning.cli import export, report, view
+from aspo_lightning.cli import configs, export, report, view
 from aspo_lightning.cli.evaluate import EvaluationCLI
 from aspo_lightning.cli.fit import ASPOCLI
 from aspo_lightning.cli.parser import Parser
@@ -24,7 +24,7 @@ HARMLESS_WARNINGS = [
 
 MODEL = "--model.model_name_or_path"  # what a user means by --model, which LightningCLI takes for a config file
 
-TOOLS = {"export": export.main, "report": report.main, "view": view.main}
+TOOLS = {"configs": configs.main, "export": export.main, "report": report.main, "view": view.main}
 
 
 def error_for_people(error: BaseException | None) -> AspoError | None:
@@ -35,7 +35,7 @@ def error_for_people(error: BaseException | None) -> AspoError | None:
 
 
 def main() -> None:
-    """Entry point of the console script ``aspo``."""
+    """Runs the command that was typed."""
     die_with_main_process()
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -54,7 +54,7 @@ def main() -> None:
             save_config_callback=None,  # RunRecord does it
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"description": "Also: aspo plan (takes what fit takes), export, report, view."},
+            parser_kwargs={"description": "Also: aspo plan (takes what fit takes), configs, export, report, view."},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

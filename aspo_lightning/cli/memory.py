@@ -124,8 +124,8 @@ def plan_memory(run: Run) -> MemoryPlan:
         if run.reference:
             always["reference"] = weights / shards
             if run.half and not run.sharded:
-                layers = sum(p.numel() for layer in model.layers() for p in layer.parameters())
-                always["reference"] -= layers * (run.dtype.itemsize - HALF)
+                in_layers = sum(p.numel() for layer in model.layers() for p in layer.parameters())
+                always["reference"] -= in_layers * (run.dtype.itemsize - HALF)
 
     update: dict[str, float] = {}
     if run.sharded and (run.half or shards > 1):

@@ -110,8 +110,8 @@ class VLLMEngine(Engine):
     def check(self) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
-                "data.engine is VLLMEngine, but vllm isn't installed. Install it with scripts/install.sh (which picks "
-                "the CPU or the GPU build), or sample without it with --data.engine TransformersEngine."
+                "data.engine is VLLMEngine, but vllm isn't installed. Install it with pip install "
+                "'aspo_lightning[cpu]' (on GPUs: [vllm]), or sample without it with --data.engine TransformersEngine."
             )
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:

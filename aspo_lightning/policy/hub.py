@@ -5,20 +5,23 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.policy import default_model
 
 
 def resolve_model(model_name_or_path: str) -> str:
-    """A local folder as an absolute path, or the hub name unchanged.
+    """A local folder as an absolute path, or the hub name unchanged. The default model's folder is made if need be.
 
     Raises:
         ConfigError: for a local path (it starts with ``/``, ``.`` or ``~``) that isn't a model folder.
     """
     folder = Path(model_name_or_path).expanduser()
+    if default_model.is_default(folder) and not folder.is_dir():
+        default_model.fetch()
     if not folder.is_dir():
         if model_name_or_path.startswith(("/", ".", "~")):
             raise ConfigError(
                 f"The model folder {folder} doesn't exist. Give a folder that has config.json, or a Hugging Face hub "
-                "name; scripts/quickstart.sh makes the default model's folder."
+                "name."
             )
         return model_name_or_path
     if not (folder / "config.json").is_file():

@@ -117,8 +117,8 @@ class RewardPool:
     def judge(self, item: RewardItem) -> "Judgement":
         """Submits what judges a completion."""
         return Judgement(
-            list(item.rewards.values()),
-            [self.submit(Call(function, item.completion, item.row)) for function in item.rewards],
+            item.rewards,
+            {function: self.submit(Call(function, item.completion, item.row)) for function in item.rewards},
         )
 
     def _run(self, call: Call, threads: ThreadPoolExecutor) -> Result:
@@ -175,17 +175,25 @@ class RewardPool:
 class Judgement(NamedTuple):
     """The rewards of a completion, in the making."""
 
-    weights: list[float]
-    calls: "list[Future[Result]]"
+    weights: Mapping[str, float]
+    calls: "dict[str, Future[Result]]"
+
+    def values(self) -> dict[str, float]:
+        """What each function said, by its path; without those that failed. Waits for them.
+
+        Raises:
+            ConfigError: if one can't be imported.
+        """
+        found = {function: _finite(call.result()) for function, call in self.calls.items()}
+        return {function: value for function, value in found.items() if value is not None}
 
     def result(self) -> RewardResult:
-        """Waits for them. Raises ConfigError if a function can't be imported."""
-        found = [_finite(call.result()) for call in self.calls]
-        values = [value for value in found if value is not None]
-        if len(values) < len(found):
+        """What they say together. Waits for them, and raises as ``values`` does."""
+        values = self.values()
+        if len(values) < len(self.calls):
             return RewardResult(0.0, solved=False, failed=True)
-        reward = math.fsum(w * v for w, v in zip(self.weights, values, strict=True))
-        return RewardResult(reward, solved=values[0] >= SOLVED, failed=False)
+        reward = math.fsum(self.weights[function] * value for function, value in values.items())
+        return RewardResult(reward, solved=next(iter(values.values())) >= SOLVED, failed=False)
 
 
 def _finite(result: Result) -> float | None:

@@ -149,7 +149,8 @@ class Rollouts:
             quadratic_cost=self.quadratic_cost,
             shared=scorer.shares_prompts(),
         )
-        rows = pack([s for group in sequences for s in group], plan, settings.averaging, limit, rank, world_size)
+        trained = [s for group in sequences for s in group]
+        rows = pack(trained, plan, settings.averaging, limit, rank, world_size)
         start = time.perf_counter()
         scored, canary = self.score(scorer, rows, plan.accumulate, probe)
         score_s = time.perf_counter() - start
@@ -160,7 +161,7 @@ class Rollouts:
             "throughput/score_tokens_s": sum(len(row.input_ids) for row in rows) / score_s,
         }
         corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
-        return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics, canary)
+        return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics, trained, canary)
 
     def score(
         self, scorer: Scorer, rows: Sequence[MicroBatch], accumulate: int, probe: MicroBatch | None

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rollouts.settings import Averaging
-from aspo_lightning.rollouts.shaping import TrainedSequence
-from aspo_lightning.types import MicroBatch
+from aspo_lightning.types import MicroBatch, TrainedSequence
 
 
 class Plan(NamedTuple):
@@ -222,6 +221,7 @@ def pack(
                 advantages=[sequences[i].advantage for i in bin],
                 loss_weights=[weights[i] for i in bin],
                 generator_logprobs=[sequences[i].rollout.generator_logprobs for i in bin],
+                members=bin,
             )
             for bin in step[rank]
         ]

@@ -245,16 +245,18 @@ class Sampler:
                 job.journal.add(episode.prompt.id, episode.sample, **known)
         text = _decode(self.tokenizer, episode.ids)
         return Rollout(
-            tuple(episode.ids),
-            tuple(episode.logprobs),
-            episode.truncated,
-            text,
-            known["reward"],
-            known["solved"],
-            known["failed"],
-            None if all(episode.sampled) else tuple(episode.sampled),
-            known["answer"],
-            repetition_rate(text),
+            completion_ids=tuple(episode.ids),
+            generator_logprobs=tuple(episode.logprobs),
+            truncated=episode.truncated,
+            text=text,
+            reward=known["reward"],
+            solved=known["solved"],
+            failed=known["failed"],
+            sampled=None if all(episode.sampled) else tuple(episode.sampled),
+            answer=known["answer"],
+            repetition_rate=repetition_rate(text),  # here, where each rank has its share
+            rewards=episode.judgement.values() if episode.judgement else {},
+            turns=len(episode.turns),
         )
 
 

@@ -2,22 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from aspo_lightning.advantages import group_advantages, has_spread
 from aspo_lightning.evaluation.metrics import accuracy
 from aspo_lightning.rollouts.settings import RewardSettings
-from aspo_lightning.types import Rollout, RolloutGroup
-
-
-class TrainedSequence(NamedTuple):
-    """A completion that is trained, with its advantage."""
-
-    prompt_ids: tuple[int, ...]
-    rollout: Rollout
-    advantage: float
+from aspo_lightning.types import Rollout, RolloutGroup, TrainedSequence
 
 
 def trained_sequences(
@@ -65,13 +56,16 @@ def has_task_spread(group: RolloutGroup, settings: RewardSettings) -> bool:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over all completions of a phase; length in tokens."""
+    """Means over all completions of a phase, and over those that are right or wrong, if there are any.
+
+    Length in tokens.
+    """
     rollouts = [r for g in groups for r in g.rollouts]
 
     def mean(values: Sequence[float]) -> float:
         return math.fsum(values) / len(values)
 
-    return {
+    metrics = {
         "rollout/reward": mean([r.reward for r in rollouts]),
         "rollout/accuracy": accuracy(groups),
         "rollout/length": mean([r.sampled_length for r in rollouts]),
@@ -79,3 +73,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "rollout/repetition_rate": mean([r.repetition_rate for r in rollouts]),
         "rollout/failed_rewards": float(sum(r.failed for r in rollouts)),
     }
+    for name, solved in (("right", True), ("wrong", False)):
+        if some := [r for r in rollouts if r.solved == solved]:
+            metrics[f"rollout/length_{name}"] = mean([r.sampled_length for r in some])
+            metrics[f"rollout/repetition_rate_{name}"] = mean([r.repetition_rate for r in some])
+    return metrics

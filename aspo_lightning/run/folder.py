@@ -34,16 +34,25 @@ class RunFolder:
         """Where an evaluation in training is; ``again`` counts different ones of the same step."""
         return self.path / "eval" / (f"step_{step:06d}" + (f".{again}" if again else ""))
 
+    def evaluations(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the evaluations in training, in order; of those of the same step, too."""
+        names = ((re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name), path) for path in self.path.glob("eval/step_*"))
+        found = sorted((int(match[1]), int(match[2] or 0), path) for match, path in names if match)
+        return [(step, path) for step, _, path in found]
+
     def not_finite(self, step: int, rank: int) -> Path:
         """Where the micro-batches are whose loss or gradient wasn't finite."""
         return self.path / f"not_finite_step_{step}_rank_{rank}.pt"
 
     def starts(self) -> int:
         """How often the run has been started so far."""
-        return next(n for n in itertools.count() if not self._config(n).exists())
+        return next(n for n in itertools.count() if not (self._config(n).exists() or self._origin(n).exists()))
 
     def _config(self, number: int) -> Path:
         return self.path / f"config{self.suffix(number)}.yaml"
+
+    def _origin(self, number: int) -> Path:
+        return self.path / f"origin{self.suffix(number)}.json"
 
     @staticmethod
     def suffix(number: int) -> str:
@@ -56,9 +65,9 @@ class RunFolder:
         Raises:
             RunError: if they are damaged.
         """
-        if not (number := self.starts()):
+        path = self._config(self.starts() - 1)
+        if not path.exists():
             return None
-        path = self._config(number - 1)
         try:
             return dict(yaml.safe_load(path.read_text()))
         except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -67,10 +76,18 @@ class RunFolder:
                 "--allow_changes true."
             ) from error
 
-    def record(self, config: str, ranks: int) -> None:
-        """Writes the settings, and where the numbers come from."""
+    def origin(self) -> dict[str, object]:
+        """Where the numbers come from, as ``record`` wrote it last; empty if that isn't there or is damaged."""
+        try:
+            return dict(json.loads(self._origin(self.starts() - 1).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def record(self, config: str | None, ranks: int) -> None:
+        """Writes the settings, where there are some, and where the numbers come from."""
         number = self.starts()
-        write_text(self._config(number), config)
+        if config is not None:
+            write_text(self._config(number), config)
         origin = {
             "command": sys.argv,
             "versions": versions(),
@@ -78,7 +95,7 @@ class RunFolder:
             "working_directory": git_revision(Path.cwd()),
             "ranks": ranks,
         }
-        write_text(self.path / f"origin{self.suffix(number)}.json", json.dumps(origin, indent=1) + "\n")
+        write_text(self._origin(number), json.dumps(origin, indent=1) + "\n")
 
     def lock(self) -> TextIO:
         """Keeps other runs out of the folder, for as long as the file is open.
@@ -184,10 +201,10 @@ class RunRecord(Callback):
 
     Args:
         folder: of the run.
-        config: its settings, as YAML.
+        config: its settings, as YAML. None: those of a program.
     """
 
-    def __init__(self, folder: RunFolder, config: str) -> None:
+    def __init__(self, folder: RunFolder, config: str | None = None) -> None:
         self.folder, self.config = folder, config
         self._lock: TextIO | None = None
 

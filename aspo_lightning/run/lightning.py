@@ -9,7 +9,7 @@ from typing import TypeVar
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aspo_lightning.types import Phase
 
@@ -48,6 +48,13 @@ def language_model(module: LightningModule) -> PreTrainedModel:
     lm = getattr(module.policy, "lm", None)
     assert isinstance(lm, PreTrainedModel)
     return lm
+
+
+def tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:
+    """That of the data module."""
+    tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -4,8 +4,12 @@ TAGS = {
     "rollout/reward": "mean task reward of all completions, before shaping",
     "rollout/accuracy": "share of completions that are full solutions",
     "rollout/length": "mean number of tokens that the model sampled in a completion",
+    "rollout/length_right": "the same over full solutions",
+    "rollout/length_wrong": "the same over all other completions",
     "rollout/truncated_fraction": "share of completions that ran into the length limit",
     "rollout/repetition_rate": "mean share of a completion's 20-grams of words that it has said before",
+    "rollout/repetition_rate_right": "the same over full solutions",
+    "rollout/repetition_rate_wrong": "the same over all other completions",
     "rollout/failed_rewards": "number of completions whose reward hung, crashed or raised; they score 0",
     "rollout/kept_groups": "number of groups that are trained on",
     "rollout/level": "level that prompts are drawn from (curriculum `RisingLevels`)",
@@ -49,7 +53,10 @@ EVALUATION = {
 """Of each benchmark that is evaluated, as ``eval/<benchmark>/...``."""
 
 
+FINAL = {"final/<tag>": "the last value of reward, accuracy, entropy and avg@k, beside the settings in TensorBoard"}
+
+
 def table() -> str:
     """Markdown: a row for each tag."""
-    rows = {**TAGS, **{f"eval/<benchmark>/{name}": meaning for name, meaning in EVALUATION.items()}}
+    rows = {**TAGS, **FINAL, **{f"eval/<benchmark>/{name}": meaning for name, meaning in EVALUATION.items()}}
     return "\n".join(["| tag | meaning |", "|---|---|", *(f"| `{tag}` | {meaning} |" for tag, meaning in rows.items())])

@@ -54,7 +54,7 @@ class Fault(Callback):
         data = trainer.datamodule
         owner, name = {
             "generate": (data.engine, "generate"),
-            "reward": (data.pool, "rewards"),
+            "reward": (data.pool, "judge"),
             "score": (pl_module, "score"),
             "checkpoint": (checkpoints, "sync_to_disk"),
             "saved": (trainer._logger_connector, "on_epoch_end"),
