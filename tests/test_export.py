@@ -75,11 +75,12 @@ def result(score):
     }
 
 
-def save_run(folder, model, steps, train, scores):
+def save_run(folder, model, steps, train, scores, **more):
     """A run's folder as ``aspo fit`` leaves it, with evaluations by the name of their folder."""
     config = {
         "model": {"model_name_or_path": str(model), "objective": {"class_path": "aspo_lightning.objectives.GRPO"}},
         "data": {"train": train},
+        **more,
     }
     RunFolder(folder).path.mkdir()
     RunFolder(folder).record(yaml.safe_dump(config, sort_keys=False), ranks=1)
@@ -151,7 +152,7 @@ HOSTILE = (
 def test_nothing_in_a_card_is_taken_for_markup(tmp_path):
     save_model(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
-    checkpoint = save_run(tmp_path / "run", tmp_path / "model", 1, task(path=HOSTILE, template=HOSTILE), {})
+    checkpoint = save_run(tmp_path / "run", tmp_path / "model", 1, task(path=HOSTILE), {}, own="a\n```\n</details><b>b")
     page = (
         MarkdownIt("commonmark", {"html": True})
         .enable("table")
