@@ -127,7 +127,7 @@ def test_the_commands_that_a_run_prints_work_as_typed(readme, clone):
 
 def test_the_page_of_runs_is_made_as_typed(readme, clone):
     assert (clone / "runs/quickstart/version_0/view.html").is_file()
-    run(clone, commands("docs/view.md"))
+    run(clone, ["source .venv/bin/activate", *commands("docs/view.md")])
     assert (clone / "compared.html").is_file()
 
 
