@@ -87,8 +87,9 @@ class Rollout(Completion):
     """What it answers, as text to compare others with; only where a vote is wanted, and None if it can't be known."""
     repetition_rate: float = 0.0
     """Of its text, see ``evaluation.metrics``."""
-    rewards: Mapping[str, float] = field(default_factory=dict)
-    """The value of each reward function that didn't fail, by its path, before it is weighed."""
+    rewards: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """The value of each reward function that didn't fail, by its path, before it is weighed; a journal doesn't keep
+    them."""
     turns: int = 1
     """Of the model; more than one only with an environment."""
 

@@ -16,6 +16,5 @@ fi
 .venv/bin/mypy
 .venv/bin/lint-imports
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
-# Three files at a time, the slow ones first (conftest.py), each with one thread: the models are too small for two, and
-# now and then a test waits.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Two files at a time, the slow ones first (conftest.py), each with one thread: the models are too small for two.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -418,7 +418,7 @@ def test_the_fields_of_a_micro_batch_keep_their_types(sequences):
     values = {"advantages": [2], "loss_weights": [3], "generator_logprobs": [[-1]]} if sequences else {}
     batch = MicroBatch.from_sequences(sequences, **values)
     integers = {"input_ids", "position_ids", "response_index", "targets", "sequence_index"}
-    for name in MicroBatch.__dataclass_fields__.keys() - {"row_lengths", "old_logprobs"}:
+    for name in MicroBatch.__dataclass_fields__.keys() - {"row_lengths", "members", "old_logprobs"}:
         assert getattr(batch, name).dtype == (torch.long if name in integers else torch.float32)
 
 
