@@ -59,3 +59,10 @@ def test_the_peak_is_the_fastest_of_several_products(dtype, monkeypatch):
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(seconds))
     monkeypatch.setattr(throughput, "_SIZE", {"cpu": 10})
     assert product_peak(dtype, torch.device("cpu")) == 2 * 10**3 / 2
+
+
+def test_a_look_at_the_peak_changes_no_random_number(monkeypatch):
+    monkeypatch.setattr(throughput, "_SIZE", {"cpu": 10})
+    before = torch.get_rng_state()
+    product_peak(torch.float32, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
