@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from aspo_lightning.evaluation.callbacks import EvaluationReport, EvaluationResults
 from aspo_lightning.run.callbacks import BestCheckpoint, PhaseReport, RunCheckpoint
-from aspo_lightning.run.checkpoints import AtomicCheckpointIO
+from aspo_lightning.run.checkpoints import AtomicCheckpointIO, trained_steps
 from aspo_lightning.run.folder import RunRecord, last_run, new_run
 from aspo_lightning.run.guards import CollapseGuard, GracefulStop, NonFiniteGuard, RatioCanary
 from aspo_lightning.run.loggers import LoggerSetup, Samples
@@ -53,19 +53,21 @@ def trainer_settings(root: str | Path = "runs/aspo", *, resume: bool = False) ->
 
     Args:
         root: where runs are.
-        resume: goes on in the folder of the newest run there; ``trainer.fit`` then gets ``ckpt_path="last"``.
+        resume: the newest run there is continued in its folder; ``trainer.fit`` then gets ``ckpt_path="last"``.
 
     Raises:
         ConfigError: if there is no run to resume.
     """
     run = last_run(Path(root)) if resume else new_run(Path(root))
+    # TensorBoard shows what was logged after the checkpoint once.
+    purge_step = trained_steps(run.newest_checkpoint()) if resume else None
     parts = {key: kind() for key, kind in {**GUARDS, **KEPT, "best": BestCheckpoint}.items()}
     parts["checkpoint"] = RunCheckpoint(dirpath=run.checkpoints, **CHECKPOINT_DEFAULTS)
     return {
         **TRAINER_DEFAULTS,
         "default_root_dir": str(root),
         "callbacks": callbacks(parts, RunRecord(run)),
-        "logger": [TensorBoardLogger(run.path, name="", version="", default_hp_metric=False)],
+        "logger": [TensorBoardLogger(run.path, name="", version="", default_hp_metric=False, purge_step=purge_step)],
         "plugins": [AtomicCheckpointIO()],
     }
 

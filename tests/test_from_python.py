@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.run.rollout_files import read_rollouts, rollout_files
 from tests.support.commands import ROOT
 from tests.support.models import save_model, save_tokenizer
@@ -52,10 +53,16 @@ def test_the_readmes_program_runs_as_printed_and_resumes(home, tmp_path):
     folder = tmp_path / "runs" / "python" / "version_0"
     assert list(rollout_files(folder)) == [0, 1]
     assert {path.name for path in folder.iterdir()} >= {"checkpoints", "origin.json", "rollouts"}
+    # As if it had been killed in its second epoch, with the curves written and the checkpoint not.
+    (folder / "checkpoints" / "epoch_00001.ckpt").unlink()
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    (folder / "checkpoints" / "last.ckpt").symlink_to("epoch_00000.ckpt")
     code = code.replace('"runs/python")', '"runs/python", resume=True)').replace('": 2', '": 3')
     result = run(code.replace("fit(module, data)", 'fit(module, data, ckpt_path="last")'))
     assert result.returncode == 0, result.stderr[-3000:]
     assert list(rollout_files(folder)) == [0, 1, 2]
+    steps = [step for step, _ in read_run(folder)["rollout/reward"]]
+    assert len(steps) == len(set(steps)) == 3  # each epoch once
     assert {path.name for path in folder.iterdir()} >= {"origin.json", "origin_resumed_1.json"}
     assert sorted(path.name for path in folder.parent.iterdir()) == ["version_0"]
 
