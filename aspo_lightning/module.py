@@ -118,11 +118,14 @@ class ASPOModule(LightningModule):
         if self.policy is None:
             self.policy = self._load()
         # With adapters the reference is the policy without them.
-        if fits and self.kl_coef > 0 and not self.settings.lora_rank and self.reference is None:
-            reference = self._load()
+        if fits and self.kl_coef > 0 and not self.settings.lora_rank:
             # FSDP2 has a dtype of its own for what it gathers.
-            half = trainer is not None and trainer.precision == "bf16-mixed" and not isinstance(reference, FSDPModule)
-            self._reference = (reference.freeze(torch.bfloat16 if half else None),)
+            sharded = trainer is not None and isinstance(trainer.strategy, FSDP2Strategy)
+            half = trainer is not None and trainer.precision == "bf16-mixed" and not sharded
+            dtype = torch.bfloat16 if half else self.settings.torch_dtype
+            # An earlier fit may have been in another precision.
+            if self.reference is None or any(layer.weight.dtype != dtype for layer in self.reference.layers()):
+                self._reference = (self._load().freeze(dtype),)
 
     def _load(self) -> ScoredCausalLM:
         trainer = trainer_of(self)

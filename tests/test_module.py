@@ -54,6 +54,13 @@ def test_in_mixed_precision_the_references_layers_are_kept_as_autocast_takes_the
     assert all(p.dtype == torch.float32 for p in module.parameters())
 
 
+@pytest.mark.parametrize("precisions", [("bf16-mixed", "32-true"), ("32-true", "bf16-mixed")])
+def test_a_module_may_be_fitted_again_in_another_precision(tiny_model, precisions):
+    module = ASPOModule(tiny_model, optimizer=adam(0.0))
+    for precision in precisions:
+        assert fit(module, Phases(make_groups()), precision=precision)["policy/kl"] == 0
+
+
 def test_with_updates_the_policy_moves_and_the_reference_does_not(tiny_model):
     module = Recorded(tiny_model, optimizer=adam(1e-2))
     module.configure_model()

@@ -96,10 +96,11 @@ class ScoredCausalLM(nn.Module):
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(lm.train(), chunk_size=settings.chunk_size)
 
-    def freeze(self, compute_dtype: torch.dtype | None = None) -> "ScoredCausalLM":
-        """Never trained. The weights of linear layers become what autocast to ``compute_dtype`` would make of them."""
-        for module in self.layers() if compute_dtype else ():
-            module.to(compute_dtype)
+    def freeze(self, dtype: torch.dtype) -> "ScoredCausalLM":
+        """Never trained. The weights of linear layers become what autocast to ``dtype`` would make of them."""
+        for layer in self.layers():
+            if layer.weight.dtype != dtype:
+                layer.to(dtype)
         return self.eval().requires_grad_(False)
 
     def layers(self) -> Iterator[nn.Linear]:
