@@ -31,7 +31,7 @@ PARTS = ("sync", "generate", "reward", "score", "update")
 WORK = {
     # prompts, completions of each, tokens of a completion, words of few-shot text before the question
     "chat": (8, 8, 16, 0),
-    "long": (8, 16, 64, 355),
+    "long": (8, 16, 64, 192),
 }
 LR, KL = 1e-6, 0.001
 
