@@ -9,7 +9,7 @@ command -v bwrap > /dev/null || missing+=(bubblewrap) # the sandbox of code rewa
 command -v chromium > /dev/null || missing+=(chromium) # opens the page of aspo view
 command -v chromedriver > /dev/null || missing+=(chromium-driver)
 if [ ${#missing[@]} -gt 0 ] && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
-  apt-get update -qq && apt-get install -qq --yes "${missing[@]}" > /dev/null
+  apt-get update -qq && apt-get install -qq --yes --no-install-recommends "${missing[@]}" > /dev/null
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -1,6 +1,7 @@
 """Shared by all tests: the order of the files, and the tiny model."""
 
 import os
+import sys
 
 import pytest
 from hypothesis import Phase, settings
@@ -31,6 +32,15 @@ SLOW = (
 def pytest_collection_modifyitems(items):
     """Slow files first: otherwise one process waits at the end while the other works through the last of them."""
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left():
+    """vLLM in this process makes one, which lives as long as the process and would be in the next file's way."""
+    yield
+    if (vllm_groups := sys.modules.get("vllm.distributed.parallel_state")) is not None:
+        vllm_groups.destroy_model_parallel()
+        vllm_groups.destroy_distributed_environment()
 
 
 @pytest.fixture(scope="session")
