@@ -115,7 +115,7 @@ def main(
         for _, _, row in read_rows(str(out)):
             duplicates.add(row["question"])
             ids.add(row["id"])
-        print(f"Going on behind row {state['read']}")
+        print(f"Resuming after row {state['read']}")
 
     with out.open("ab") as file:
 

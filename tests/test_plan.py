@@ -187,3 +187,10 @@ def test_bad_settings_are_one_line(monkeypatch, tmp_path):
     assert "must divide them" in aspo_here(monkeypatch, *recipe, "--data.engine.tensor_parallel_size", "5")
     assert "no_such" in aspo_here(monkeypatch, *recipe, "--model.no_such", "1")
     assert not Path("runs/qwen3_30b_a3b").exists()
+
+
+def test_a_16_bit_engine_of_a_cpu_takes_half_but_for_its_packed_head(planned):
+    args = ["--config", "configs/quickstart.yaml"]
+    (full, _, _), (half, _, _) = planned(*args), planned(*args, "--data.engine.dtype", "bfloat16")
+    assert half["engine's weights"][1] == pytest.approx(full["engine's weights"][1] / 2, abs=0.006)
+    assert half["engine's packed head"] == full["engine's packed head"]

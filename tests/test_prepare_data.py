@@ -120,5 +120,5 @@ def test_killed_and_started_again_it_writes_the_same_file(tmp_path):
     with part.open("ab") as file:
         file.write(b'{"id": "torn')  # what a kill in the middle of a write leaves
     result = prepare("--source", source, "--out", str(part))
-    assert f"Going on behind row {state['read']}" in result.stdout
+    assert f"Resuming after row {state['read']}" in result.stdout
     assert part.read_bytes() == whole.read_bytes()

@@ -92,7 +92,7 @@ def read_result(path: Path) -> Result:
         result["settings"]["benchmarks"], [p["solved"] for b in result["benchmarks"].values() for p in b["problems"]]
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path} holds no {RESULT}: that evaluation isn't finished. Run it again to go on."
+            f"{path} holds no {RESULT}: that evaluation isn't finished. Run the same command again: it resumes."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file} isn't a result of `aspo test`.") from error

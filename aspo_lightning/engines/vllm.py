@@ -89,6 +89,8 @@ class VLLMEngine(Engine):
     ) -> EngineMemory:
         split = self.tensor_parallel_size
         itemsize = FULL if gpu_memory is None else HALF
+        if self.dtype != "auto":
+            itemsize = DTYPES[self.dtype].itemsize
         parts = {"engine's weights": parameters * itemsize / split}
         if gpu_memory is None and config.tie_word_embeddings:
             parts["engine's packed head"] = config.vocab_size * config.hidden_size * FULL

@@ -120,11 +120,11 @@ class Batch:
     queries: Tensor
     """[B, L]; their tokens."""
     keys: Tensor
-    """[B, S]; each segment's prompt and its own tokens. What comes behind them is any token: nothing looks there."""
+    """[B, S]; each segment's prompt and its own tokens. What comes after them is any token: nothing looks there."""
     first: Tensor
     """[B, 1]; where the first query of each is among its keys."""
     masked: bool
-    """Whether the first queries are behind the first keys: then a mask lets them see what is before them."""
+    """Whether the first queries come after the first keys: then a mask lets them see what is before them."""
     real: Tensor
     """[tokens of these segments]; their places among the queries, flat."""
 
