@@ -190,6 +190,8 @@ class ASPOModule(LightningModule):
             batch.loss_weights,
             sequence_index=batch.sequence_index,
             token_entropy=entropy,
+            generator_logprobs=batch.generator_logprobs,
+            ref_logprobs=batch.ref_logprobs,
         )
         metrics["entropy"] = token_mean(entropy)
         if self.kl_coef:

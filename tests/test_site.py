@@ -54,7 +54,7 @@ def test_no_page_loads_anything_from_elsewhere(site):
 def test_the_equation_of_each_objective_stands_beside_its_code(site, name):
     page = text(site / "objectives.html")
     objective = getattr(objectives, name)
-    rule = vars(objective).get("token_weights", objective)  # or the class, where it only has another default
+    rule = vars(objective).get("weigh", objective)  # or the class, where it only has another default
     assert textwrap.dedent(inspect.getsource(rule)).strip().removeprefix("@dataclass(frozen=True)\n") in page
     assert f"`{name}`" in (ROOT / "docs/objectives.md").read_text()
 

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from aspo_lightning.cli import view
+from aspo_lightning.errors import ConfigError
 from aspo_lightning.run.rollout_files import rollout_path
 from aspo_lightning.view import completions
 from aspo_lightning.view.completions import choose, read_epoch
-from aspo_lightning.view.weights import COMPARED, Standout
+from aspo_lightning.view.weights import COMPARED, Standout, objectives
 from tests.support.commands import aspo_here
 from tests.support.viewed_runs import record, tokens, write_epoch
 
@@ -95,3 +96,9 @@ def test_names_of_folders_are_text_too(tmp_path):
     page = (run / "view.html").read_text()
     assert "<script>alert" not in page
     assert "<h1>&lt;script&gt;alert(1)&lt;/version_0</h1>" in page
+
+
+def test_an_objective_that_needs_more_than_is_kept_is_named_and_the_two_are_shown():
+    config = {"model": {"objective": {"class_path": "aspo_lightning.objectives.DPPO", "init_args": {"delta": 0.1}}}}
+    with pytest.raises(ConfigError, match="objectives.DPPO can't weigh the tokens here: the objective needs logprobs"):
+        objectives(config)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.collectives import gather
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.objectives import Objective, token_ratio
+from aspo_lightning.objectives import Objective, Tokens
 from aspo_lightning.run.folder import run_folder
 from aspo_lightning.run.lightning import phase_of, tokenizer_of
 from aspo_lightning.run.rollout_files import RolloutRecord, TokenRecord, rollout_files, rollout_path, write_rollouts
@@ -37,11 +37,17 @@ class Trained:
     def add(self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, objective: Objective) -> None:
         """Measures a micro-batch; all on its device, which nothing waits for."""
         old = logprobs if batch.old_logprobs is None else batch.old_logprobs
-        ratio = token_ratio(logprobs, old)
-        weights = objective.token_weights(
-            ratio, batch.advantages, sequence_index=batch.sequence_index, token_entropy=entropy
+        tokens = Tokens.of(
+            logprobs,
+            old,
+            batch.advantages,
+            batch.sequence_index,
+            token_entropy=entropy,
+            generator_logprobs=batch.generator_logprobs,
+            ref_logprobs=batch.ref_logprobs,
         )
-        each = torch.stack([ratio, weights.clipped.to(ratio.dtype), torch.ones_like(ratio)])
+        ratio, clipped = tokens.ratio, objective.weigh(tokens).clipped
+        each = torch.stack([ratio, clipped.to(ratio.dtype), torch.ones_like(ratio)])
         sums = each.new_zeros(3, len(batch.members)).index_add_(1, batch.sequence_index, each)
         self.shares.append(Share(batch.members, sums))
         self.last = (batch, ratio, entropy)

@@ -32,7 +32,7 @@ def own_objective(config: Mapping[str, object]) -> Objective | None:
     """The objective of a run's config; None if it has none.
 
     Raises:
-        ConfigError: if it can't be made here.
+        ConfigError: if it can't be made here, or needs more than a kept token's ratio, advantage and entropy.
     """
     model = config.get("model")
     described = model.get("objective") if isinstance(model, dict) else None
@@ -44,10 +44,13 @@ def own_objective(config: Mapping[str, object]) -> Objective | None:
         kind = getattr(importlib.import_module(module), name)
         if not (isinstance(kind, type) and issubclass(kind, Objective)):
             raise TypeError("it isn't an Objective")
-        return kind(**(described.get("init_args") or {}))
+        objective = kind(**(described.get("init_args") or {}))
+        one = torch.ones(1)
+        objective.token_weights(one, one, sequence_index=torch.zeros(1, dtype=torch.long), token_entropy=one)
+        return objective
     except Exception as error:  # of a module that a user wrote, which may be gone or be another by now
         raise ConfigError(
-            f"The run's own objective {path} can't be made here: {' '.join(str(error).split())}"
+            f"The run's own objective {path} can't weigh the tokens here: {' '.join(str(error).split())}"
         ) from error
 
 
