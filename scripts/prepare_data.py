@@ -19,7 +19,6 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.policy.hub import load_tokenizer
 from aspo_lightning.tasks import Dataset
 from aspo_lightning.tasks.base import words
 from aspo_lightning.tasks.rows import read_rows
@@ -101,7 +100,11 @@ def main(
         raise ConfigError(f"near is {near}; it must be above 0 and at most 1.")
     settings = {key: str(value) for key, value in locals().items() if key != "out"}
     task = Dataset(source, question, answer, id, subset=subset, split=split)
-    tokenizer = load_tokenizer(model) if model else None
+    tokenizer = None
+    if model:
+        from aspo_lightning.policy.hub import load_tokenizer  # transformers takes seconds
+
+        tokenizer = load_tokenizer(model)
     duplicates = Duplicates(near)
     for file in held_out or []:
         for _, _, row in read_rows(str(file)):

@@ -52,3 +52,23 @@ def tiny_model(tmp_path_factory) -> str:
     save_model(folder)
     save_tokenizer(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """Makes the parser of each kind of command once: it takes most of a second, and parsing a fifth of one."""
+    from aspo_lightning.cli.fit import ASPOCLI
+
+    made: dict[tuple[object, ...], dict[str, object]] = {}
+    setup = ASPOCLI.setup_parser
+
+    def once(cli: ASPOCLI, *args, **kwargs) -> None:
+        kind = (type(cli), *cli.subcommands())
+        if kind not in made:
+            setup(cli, *args, **kwargs)
+            made[kind] = vars(cli).copy()
+        vars(cli).update(made[kind])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ASPOCLI, "setup_parser", once)
+        yield

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aspo_lightning.cli.fit import ASPOCLI
 from aspo_lightning.cli.main import TOOLS, main
 from tests.support.commands import ROOT, aspo_here
 from tests.support.models import save_model, save_tokenizer
@@ -129,23 +128,6 @@ def test_the_page_of_runs_is_made_as_typed(readme, clone):
     assert (clone / "runs/quickstart/version_0/view.html").is_file()
     run(clone, ["source .venv/bin/activate", *commands("docs/view.md")])
     assert (clone / "compared.html").is_file()
-
-
-@pytest.fixture(scope="module")
-def parsers():
-    """Makes the parser of each kind of command once: it takes a second, and parsing a fifth of one."""
-    made: dict[type, dict[str, object]] = {}
-    setup = ASPOCLI.setup_parser
-
-    def once(cli: ASPOCLI, *args, **kwargs) -> None:
-        if type(cli) not in made:
-            setup(cli, *args, **kwargs)
-            made[type(cli)] = vars(cli).copy()
-        vars(cli).update(made[type(cli)])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ASPOCLI, "setup_parser", once)
-        yield
 
 
 def parsed(monkeypatch, capsys, *arguments: str) -> dict:

@@ -17,7 +17,7 @@ from tests.support.published_models import MODELS
 
 
 @pytest.fixture
-def planned(monkeypatch, capsys):
+def planned(parsers, monkeypatch, capsys):
     """Calls `aspo plan`: (GB by part in an update and in sampling, all that was printed, exit code)."""
 
     def call(*args: str) -> tuple[dict[str, tuple[float, float]], str, int]:

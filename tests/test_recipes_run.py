@@ -109,7 +109,7 @@ def needs(recipe: str, folder: Path) -> dict:
         "data": {
             "engine": {"class_path": "VLLMEngine", "init_args": engine},
             "prompts_per_phase": 6,
-            "group_size": 4,
+            "group_size": 6,  # so that hardly a group has no spread
             "max_prompt_length": 700,
             "max_completion_length": 16,
             "eval_max_completion_length": 16,

@@ -1,18 +1,11 @@
 """The commands of ``aspo``."""
 
+import importlib
 import sys
 import warnings
 from pathlib import Path
 
-from aspo_lightning.cli import configs, export, report, view
-from aspo_lightning.cli.evaluate import EvaluationCLI
-from aspo_lightning.cli.fit import ASPOCLI
-from aspo_lightning.cli.parser import Parser
-from aspo_lightning.cli.plan import PlanCLI
-from aspo_lightning.cli.ranks import die_with_main_process
-from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.errors import AspoError
-from aspo_lightning.module import ASPOModule
 
 # Warnings of libraries that a user can't act on.
 HARMLESS_WARNINGS = [
@@ -24,7 +17,8 @@ HARMLESS_WARNINGS = [
 
 MODEL = "--model.model_name_or_path"  # what a user means by --model, which LightningCLI takes for a config file
 
-TOOLS = {"configs": configs.main, "export": export.main, "report": report.main, "view": view.main}
+TOOLS = ("configs", "export", "report", "view")
+"""Commands in modules of their names, which need neither Lightning nor vLLM."""
 
 
 def error_for_people(error: BaseException | None) -> AspoError | None:
@@ -36,29 +30,43 @@ def error_for_people(error: BaseException | None) -> AspoError | None:
 
 def main() -> None:
     """Runs the command that was typed."""
-    die_with_main_process()
     for message in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     sys.path.append(str(Path.cwd()))  # parts that a user wrote, like my_package.MyObjective
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
-        command = sys.argv[1] if len(sys.argv) > 1 else ""
-        if tool := TOOLS.get(command):
-            return tool(sys.argv[2:])
-        cli = {"plan": PlanCLI, "test": EvaluationCLI}.get(command, ASPOCLI)
-        if command == "plan":
-            sys.argv[1] = "fit"  # which is what it parses
-        sys.argv[1:] = [MODEL if a == "--model" else a.replace("--model=", f"{MODEL}=", 1) for a in sys.argv[1:]]
-        cli(
-            ASPOModule,
-            RolloutDataModule,
-            save_config_callback=None,  # RunRecord does it
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"description": "Also: aspo plan (takes what fit takes), configs, export, report, view."},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        if command in TOOLS:
+            importlib.import_module(f"aspo_lightning.cli.{command}").main(sys.argv[2:])
+        else:
+            use_lightning(command)
     except (AspoError, ValueError) as error:
         if (cause := error_for_people(error)) is None:
             raise
         sys.exit(f"aspo: error: {cause}")
+
+
+def use_lightning(command: str) -> None:
+    """Runs a command of LightningCLI. What it imports takes seconds."""
+    from aspo_lightning.cli.evaluate import EvaluationCLI
+    from aspo_lightning.cli.fit import ASPOCLI
+    from aspo_lightning.cli.parser import Parser
+    from aspo_lightning.cli.plan import PlanCLI
+    from aspo_lightning.cli.ranks import die_with_main_process
+    from aspo_lightning.datamodule import RolloutDataModule
+    from aspo_lightning.module import ASPOModule
+
+    die_with_main_process()
+    cli = {"plan": PlanCLI, "test": EvaluationCLI}.get(command, ASPOCLI)
+    if command == "plan":
+        sys.argv[1] = "fit"  # which is what it parses
+    sys.argv[1:] = [MODEL if a == "--model" else a.replace("--model=", f"{MODEL}=", 1) for a in sys.argv[1:]]
+    cli(
+        ASPOModule,
+        RolloutDataModule,
+        save_config_callback=None,  # RunRecord does it
+        seed_everything_default=0,
+        parser_class=Parser,
+        parser_kwargs={"description": "Also: aspo plan (takes what fit takes), configs, export, report, view."},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )

@@ -1,6 +1,7 @@
 """vLLM, in this process."""
 
 import ctypes
+import gc
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -129,6 +130,7 @@ class VLLMEngine(Engine):
 
             without_shared_memory()
         kv_cache_gib = 1.0 if self.kv_cache_gib is None and on_cpu else self.kv_cache_gib
+        gc.freeze()  # vLLM collects garbage several times while it starts, and would look through all that was imported
         with _no_bound_device():
             self._llm = LLM(
                 model=model_name_or_path,

@@ -39,9 +39,13 @@ class ConfigRecorder(Callback):
                     }
                     for group in phase.groups
                 ],
-                # Of its median token: in a mixture of experts single tokens go to other experts in the engine.
+                # Of its median token: in a mixture of experts single tokens go to other experts in the engine. Of the
+                # first step the canary alone is scored.
                 "mismatch": torch.cat(
-                    [old - b.generator_logprobs for b in phase if (old := b.old_logprobs) is not None]
+                    [
+                        phase.canary - phase.micro_batches[0].generator_logprobs[: len(phase.canary)],
+                        *(old - b.generator_logprobs for b in phase if (old := b.old_logprobs) is not None),
+                    ]
                 )
                 .abs()
                 .median()

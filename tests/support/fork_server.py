@@ -22,7 +22,7 @@ import vllm.model_executor.models.llama
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
 
-import aspo_lightning.cli.main  # noqa: F401
+import aspo_lightning.cli.evaluate  # noqa: F401
 from tests.support.ranks import LIMIT_S
 
 gc.freeze()  # an engine collects garbage several times, and would look through all that was imported
