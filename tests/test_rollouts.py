@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aspo_lightning.advantages import BatchStd, GroupMean
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rollouts import loop
 from aspo_lightning.rollouts.mismatch import correct_mismatch
@@ -116,7 +117,7 @@ def test_a_phase_that_cannot_be_filled_is_refused():
 def test_ranks_share_a_step_and_may_be_empty():
     plan = Plan([[[[0, 2]], [[1]]], [[[3]], [[]]]], accumulate=1)
     groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])]
-    sequences = [s for g in trained_sequences(groups, RewardSettings(advantage="group_mean"), 8) for s in g]
+    sequences = [s for g in trained_sequences(groups, RewardSettings(advantage=GroupMean()), 8) for s in g]
     zero = pack(sequences, plan, "token_mean", 8, rank=0, world_size=2)
     one = pack(sequences, plan, "token_mean", 8, rank=1, world_size=2)
     assert zero[0].loss_weights.tolist() == pytest.approx([2 / 8] * 3)  # 3 tokens here, 5 on the other rank
@@ -135,7 +136,7 @@ def advantages(phase):
 
 def test_kept_groups_without_spread_count_in_the_denominator_only():
     groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [1.0, 1.0], [3, 6])]
-    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
+    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": GroupMean()}
     phase = build_phase(groups, Constant(), **settings, no_spread="keep")
     weights = [w for b in phase for w in b.loss_weights.tolist()]
     assert weights == pytest.approx([phase.accumulate / 16] * 16)
@@ -149,7 +150,7 @@ def test_what_a_truncated_completion_gets():
         return replace(g, rollouts=(replace(g.rollouts[0], truncated=True), *g.rollouts[1:]))
 
     groups = [truncated(0, [1.0, 0.0, 0.0], [7, 1, 2]), truncated(1, [1.0, 1.0, 1.0], [8, 3, 4])]
-    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
+    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": GroupMean()}
 
     def built(rule):
         return build_phase(groups, Constant(), **settings, truncated=rule)
@@ -204,7 +205,7 @@ def test_spread_is_more_than_rounding_and_knows_the_rule_of_truncation():
 
 def test_spread_is_judged_before_shaping():
     groups = [group(0, [1.0, 1.0], [2, 8]), group(1, [1.0, 0.0], [3, 7])]
-    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": "group_mean"}
+    settings = {**SETTINGS, "optimizer_steps": 1, "advantage": GroupMean()}
     phase = build_phase(groups, Constant(), **settings, overlong_buffer=4)
     assert advantages(phase) == {3: [pytest.approx(0.875)], 7: [pytest.approx(-0.875)]}  # of 1 and 0 - 0.75
 
@@ -249,7 +250,7 @@ def test_only_sampled_tokens_are_targets(masks):
 
 def test_kept_groups_without_task_spread_change_no_advantage_of_the_others():
     useful = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 0.5], [1, 3])]
-    settings = {**SETTINGS, "advantage": "batch_std", "overlong_buffer": 4}
+    settings = {**SETTINGS, "advantage": BatchStd(), "overlong_buffer": 4}
     alone = advantages(build_phase(useful, Constant(), **settings))
     kept = advantages(build_phase([*useful, group(2, [0.0, 0.0], [4, 8])], Constant(), **settings, no_spread="keep"))
     assert kept == {**alone, 4: [0.0], 8: [0.0]}
@@ -378,7 +379,7 @@ def test_what_the_first_step_computes_itself_is_not_scored(settings, scored, tok
 
 
 def test_a_phase_takes_the_settings_of_averaging_and_mismatch():
-    settings = {**SETTINGS, "averaging": "sequence_sum", "advantage": "group_mean"}
+    settings = {**SETTINGS, "averaging": "sequence_sum", "advantage": GroupMean()}
     (plain,) = build_phase([group(0, [1.0, 0.0], [2, 5])], Constant(), **settings)
     assert plain.loss_weights.tolist() == pytest.approx([1 / (2 * 8)] * 7)
     bounds = {"mismatch_correction": "mask", "mismatch_bounds": (0.42, 1.0)}
@@ -390,7 +391,7 @@ def test_a_phase_takes_the_settings_of_averaging_and_mismatch():
 
 
 def test_advantages_are_computed_in_float64():
-    ((first, second),) = trained_sequences([group(0, [0.1, 0.7])], RewardSettings(advantage="group_mean"), 8)
+    ((first, second),) = trained_sequences([group(0, [0.1, 0.7])], RewardSettings(advantage=GroupMean()), 8)
     assert (first.advantage, second.advantage) == pytest.approx((-0.3, 0.3), rel=1e-15)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
-from aspo_lightning.advantages import AdvantageEstimator
+from aspo_lightning.advantages import Advantage, GroupStd
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
 
@@ -131,8 +131,9 @@ class RewardSettings(Settings):
     """Tokens before max_completion_length over which a penalty rises (DAPO). 0: none."""
     overlong_penalty: float = 1.0
     """That penalty at full length."""
-    advantage: AdvantageEstimator = "group_std"
-    """group_std (GRPO), group_mean (Dr. GRPO), leave_one_out (RLOO), batch_std (REINFORCE++ baseline)."""
+    advantage: Advantage = GroupStd()  # noqa: RUF009 (frozen)
+    """What a reward becomes, by class name: GroupStd (GRPO), GroupMean (Dr. GRPO), LeaveOneOut (RLOO), BatchStd
+    (REINFORCE++ baseline), LitePPO, MaxRL, OPO."""
     reward_workers: Annotated[int, INCIDENTAL] = 2
     """Processes that score completions, on each rank."""
     reward_timeout_s: float = 5.0

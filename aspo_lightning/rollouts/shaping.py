@@ -20,7 +20,8 @@ def trained_sequences(
     rewards = [[shaped_reward(r, settings, max_completion_length) for r in g.rollouts] for g in groups]
     spread = torch.tensor([has_task_spread(g, settings) for g in groups])
     shaped = torch.tensor(rewards, dtype=torch.float64)
-    advantages = group_advantages(shaped, settings.advantage, spread=spread).tolist()
+    lengths = torch.tensor([[r.sampled_length for r in g.rollouts] for g in groups], dtype=torch.float64)
+    advantages = group_advantages(shaped, settings.advantage, spread=spread, lengths=lengths).tolist()
     trained = [
         [
             TrainedSequence(group.prompt.prompt_ids, rollout, value)
