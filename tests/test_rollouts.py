@@ -1,6 +1,5 @@
 """The phase of given groups: what is kept, shaped, weighed, packed and scored."""
 
-import math
 import time
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from aspo_lightning.advantages import BatchStd, GroupMean
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.rollouts import loop
-from aspo_lightning.rollouts.mismatch import correct_mismatch
+from aspo_lightning.rollouts.corrections import Bypass, MaskedRatio, TruncatedRatio
 from aspo_lightning.rollouts.packing import Plan, pack
 from aspo_lightning.rollouts.settings import RewardSettings, check_phase
 from aspo_lightning.rollouts.shaping import has_task_spread, shaped_reward, trained_sequences
@@ -93,18 +92,6 @@ def test_a_phase_without_a_useful_group_is_one_empty_micro_batch():
     assert phase.accumulate == 1
     assert phase.micro_batches[0].targets.numel() == 0
     assert phase.micro_batches[0].input_ids.numel() == 1
-
-
-@pytest.mark.parametrize(
-    ("correction", "expected"),
-    [("off", [1, 1, 1, 1]), ("truncate", [0.2, 1.0, 1.8, 2.0]), ("mask", [0.0, 1.0, 1.8, 0.0])],
-)
-def test_mismatch_correction(correction, expected):
-    batch = MicroBatch.from_sequences([([1], [2, 3, 4, 5])], advantages=[-3.0], generator_logprobs=[[-1.0] * 4])
-    batch = replace(batch, old_logprobs=torch.tensor([0.2, 1.0, 1.8, 5.0]).log() - 1)
-    assert correct_mismatch(batch, correction, (0.5, 2.0)).advantages.tolist() == pytest.approx(
-        [-3 * w for w in expected]
-    )
 
 
 def test_a_phase_that_cannot_be_filled_is_refused():
@@ -260,11 +247,6 @@ def test_kept_groups_without_task_spread_change_no_advantage_of_the_others():
     assert alone == {n: [pytest.approx(a / deviation)] for n, a in expected.items()}
 
 
-def mismatched(*differences):
-    batch = MicroBatch.from_sequences([([1], [2] * len(differences))], generator_logprobs=[[-3.0] * len(differences)])
-    return replace(batch, old_logprobs=torch.tensor(differences) - 3)
-
-
 def test_ranks_share_a_phase(tmp_path):
     groups = [group(0, [1.0, 0.0], [2, 5]), group(1, [0.0, 1.0], [1, 4])]
 
@@ -355,7 +337,9 @@ def test_a_scorer_that_leaves_micro_batches_out_is_noticed():
     [
         ({}, [False, False, False, True, True, True], 6 + 3 * 6),
         ({"passes": 2}, [True] * 12, 6 * 6),
-        ({"mismatch_correction": "truncate"}, [True] * 6, 6 * 6),
+        ({"mismatch": TruncatedRatio()}, [True] * 6, 6 * 6),
+        ({"mismatch": Bypass()}, [True] * 6, 6),
+        ({"mismatch": Bypass(), "passes": 2}, [True] * 12, 6),
     ],
 )
 def test_what_the_first_step_computes_itself_is_not_scored(settings, scored, tokens):
@@ -382,8 +366,8 @@ def test_a_phase_takes_the_settings_of_averaging_and_mismatch():
     settings = {**SETTINGS, "averaging": "sequence_sum", "advantage": GroupMean()}
     (plain,) = build_phase([group(0, [1.0, 0.0], [2, 5])], Constant(), **settings)
     assert plain.loss_weights.tolist() == pytest.approx([1 / (2 * 8)] * 7)
-    bounds = {"mismatch_correction": "mask", "mismatch_bounds": (0.42, 1.0)}
-    (masked,) = build_phase([group(0, [1.0, 0.0], [2, 5])], Constant(), **settings, **bounds)
+    mismatch = MaskedRatio(0.42, 1.0)
+    (masked,) = build_phase([group(0, [1.0, 0.0], [2, 5])], Constant(), **settings, mismatch=mismatch)
     ratios = (masked.old_logprobs - masked.generator_logprobs).exp()  # e^-0.9 ... e^-0.5
     expected = plain.advantages * ratios * (ratios > 0.42)
     assert 0 < expected.count_nonzero() < 7
@@ -393,11 +377,3 @@ def test_a_phase_takes_the_settings_of_averaging_and_mismatch():
 def test_advantages_are_computed_in_float64():
     ((first, second),) = trained_sequences([group(0, [0.1, 0.7])], RewardSettings(advantage=GroupMean()), 8)
     assert (first.advantage, second.advantage) == pytest.approx((-0.3, 0.3), rel=1e-15)
-
-
-def test_mismatches_are_bounded_and_the_bounds_belong_to_the_mask():
-    batch = replace(mismatched(-25.0, 25.0), advantages=torch.ones(2))
-    far = correct_mismatch(batch, "truncate", (0.0, 1e30)).advantages.tolist()
-    assert far == pytest.approx([math.exp(-20), math.exp(20)], rel=1e-5)
-    batch = replace(mismatched(0.0), advantages=torch.ones(1))
-    assert correct_mismatch(batch, "mask", (1.0, 1.0)).advantages.tolist() == [1.0]

@@ -18,6 +18,7 @@ from aspo_lightning.engines import TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.identity import describe, incidental
 from aspo_lightning.policy.weights import full_weights
+from aspo_lightning.rollouts.corrections import Bypass, TruncatedRatio
 from aspo_lightning.run.callbacks import PhaseReport
 from aspo_lightning.run.guards import CollapseGuard
 from aspo_lightning.tasks import Dataset
@@ -412,9 +413,9 @@ def test_an_evaluation_does_not_depend_on_how_fast_its_engine_is():
 
 
 def test_corrections_of_a_mismatch_need_the_log_probs_of_all_tokens(parts):
-    for correction in ("truncate", "mask"):
-        with pytest.raises(ConfigError, match=r"data.mismatch_correction is .* and data.top_p 0.7"):
-            parts(top_p=0.7, mismatch_correction=correction)
+    for correction in (TruncatedRatio(), Bypass()):
+        with pytest.raises(ConfigError, match=r"data.mismatch is \w+ and data.top_p 0.7"):
+            parts(top_p=0.7, mismatch=correction)
     _, data = parts(top_p=0.7, eval_top_p=0.9)
     assert data.settings.top_p == 0.7
     assert data.evaluations["sums"].top_p == 0.9

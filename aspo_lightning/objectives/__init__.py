@@ -37,6 +37,7 @@ from aspo_lightning.objectives.rule import (
     policy_loss,
     segment_mean,
     segment_quantile,
+    segment_sum,
     token_mean,
     token_ratio,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "policy_loss",
     "segment_mean",
     "segment_quantile",
+    "segment_sum",
     "token_mean",
     "token_ratio",
 ]

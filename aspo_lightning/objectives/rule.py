@@ -241,10 +241,13 @@ def token_mean(values: Tensor, where: Tensor | None = None) -> TokenMean:
 
 def segment_mean(values: Tensor, sequence_index: Tensor) -> Tensor:
     """[N] the mean of each token's response, spread back over its tokens."""
+    return segment_sum(values, sequence_index) / segment_sum(torch.ones_like(values), sequence_index)
+
+
+def segment_sum(values: Tensor, sequence_index: Tensor) -> Tensor:
+    """[N] the sum over each token's response, spread back over its tokens."""
     size = int(sequence_index.max()) + 1 if sequence_index.numel() else 0
-    total = values.new_zeros(size).index_add_(0, sequence_index, values)
-    count = values.new_zeros(size).index_add_(0, sequence_index, torch.ones_like(values))
-    return (total / count)[sequence_index]
+    return values.new_zeros(size).index_add_(0, sequence_index, values)[sequence_index]
 
 
 def segment_quantile(values: Tensor, sequence_index: Tensor, quantile: float) -> Tensor:

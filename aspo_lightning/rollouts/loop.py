@@ -28,7 +28,8 @@ from torch import Tensor
 
 from aspo_lightning.curriculum import Curriculum
 from aspo_lightning.engines.base import Engine, engine_errors
-from aspo_lightning.rollouts.mismatch import Probe, correct_mismatch
+from aspo_lightning.rollouts.corrections import Bypass, correct
+from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.packing import pack, plan_phase
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings
@@ -154,13 +155,14 @@ class Rollouts:
         start = time.perf_counter()
         scored, canary = self.score(scorer, rows, plan.accumulate, probe)
         score_s = time.perf_counter() - start
+        corrected, effect = correct(scored, settings.mismatch)
         metrics = {
             **rollout_metrics(groups),
+            **effect,
             "rollout/kept_groups": float(len(kept)),
             "time/score_s": score_s,
             "throughput/score_tokens_s": sum(len(row.input_ids) for row in rows) / score_s,
         }
-        corrected = [correct_mismatch(row, settings.mismatch_correction, settings.mismatch_bounds) for row in scored]
         return Phase(epoch, corrected * settings.passes, plan.accumulate, list(groups), metrics, trained, canary)
 
     def score(
@@ -173,14 +175,18 @@ class Rollouts:
         Where the first row is scored, that is the canary.
         """
         settings = self.settings
-        needed = settings.passes > 1 or settings.mismatch_correction != "off"
-        scored = rows if needed else [rows[0].first_group(), *rows[accumulate:]]
+        bypass = isinstance(settings.mismatch, Bypass)
+        needed = not bypass and (settings.passes > 1 or settings.mismatch is not None)
+        unscored = len(rows) if bypass else accumulate
+        scored = rows if needed else [rows[0].first_group(), *rows[unscored:]]
         # In one call: a sharded model is gathered once.
         logprobs = scorer.score([*([probe] if probe else []), *scored])
         if self.probe and probe:
             self.probe.check(probe, logprobs.pop(0))
         canary, *later = logprobs
-        old = logprobs if needed else [*[None] * accumulate, *later]
+        old = logprobs if needed else [*[None] * unscored, *later]
+        if bypass:
+            old = [row.generator_logprobs for row in rows]
         scores = zip(rows, old, scorer.score_reference(rows), strict=True)
         return [replace(row, old_logprobs=own, ref_logprobs=ref) for row, own, ref in scores], canary
 

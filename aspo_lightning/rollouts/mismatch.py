@@ -1,30 +1,13 @@
-"""How far the engine is from the trainer: corrections, and the probe after each sync."""
+"""Whether the engine has the trainer's weights: the probe after each sync."""
 
 import random
-from dataclasses import replace
 
 from torch import Tensor
 
 from aspo_lightning.engines import Engine, SamplingRequest
 from aspo_lightning.engines.base import generate
 from aspo_lightning.errors import RESUME, RunError
-from aspo_lightning.rollouts.settings import MismatchCorrection
 from aspo_lightning.types import MicroBatch
-
-
-def correct_mismatch(batch: MicroBatch, correction: MismatchCorrection, bounds: tuple[float, float]) -> MicroBatch:
-    """Weighs the advantages by c = pi_old / pi_engine, which stays the same for all updates of a phase.
-
-    - ``truncate``: min(c, upper bound) (TIS, truncated importance sampling).
-    - ``mask``: c inside the bounds, 0 outside (IcePop).
-    """
-    if correction == "off":
-        return batch
-    assert batch.old_logprobs is not None
-    low, high = bounds
-    ratio = (batch.old_logprobs - batch.generator_logprobs).clamp(-20, 20).exp()
-    weight = ratio.clamp(max=high) if correction == "truncate" else ratio * ((ratio >= low) & (ratio <= high))
-    return replace(batch, advantages=batch.advantages * weight)
 
 
 class Probe:

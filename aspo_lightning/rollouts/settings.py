@@ -11,9 +11,9 @@ from typing import Annotated, Literal, NamedTuple
 from aspo_lightning.advantages import Advantage, GroupStd
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
+from aspo_lightning.rollouts.corrections import Correction
 
 Averaging = Literal["token_mean", "sequence_mean", "sequence_sum"]
-MismatchCorrection = Literal["off", "truncate", "mask"]
 NoSpread = Literal["drop", "keep", "refill"]
 TruncatedRule = Literal["score", "zero", "mask"]
 
@@ -158,17 +158,14 @@ class LossSettings(Settings):
 class MismatchSettings(Settings):
     """What is done about the engine's log-probs not being the trainer's."""
 
-    mismatch_correction: MismatchCorrection = "off"
-    """off, truncate (TIS) or mask (IcePop) by the ratio of old to engine log-probs."""
-    mismatch_bounds: tuple[float, float] = (0.5, 2.0)
-    """That ratio's bounds."""
+    mismatch: Correction | None = None
+    """How tokens are weighed for it, by class name: TruncatedRatio (TIS), MaskedRatio (IcePop), Bypass. None: it is
+    only measured."""
     probe_factor: Annotated[float | None, INCIDENTAL] = 20.0
     """How much further apart engine and trainer may get, on a probe after each sync, than they are at first. None: no
     probe."""
 
     def check(self) -> None:
-        if not 0 <= self.mismatch_bounds[0] <= 1 <= self.mismatch_bounds[1]:
-            raise ConfigError(f"data.mismatch_bounds are {self.mismatch_bounds}; they must enclose 1, like 0.5 and 2.")
         if self.probe_factor is not None and not 1 <= self.probe_factor < math.inf:
             raise ConfigError(
                 f"data.probe_factor is {self.probe_factor}; it must be finite and at least 1, or null (no probe)."
@@ -247,11 +244,11 @@ class RolloutSettings(
                 f"{self.max_prompt_length} + max_completion_length {self.max_completion_length} = "
                 f"{self.longest_sequence}. Raise it."
             )
-        if self.mismatch_correction != "off" and self.top_p < 1:
+        if self.mismatch is not None and self.top_p < 1:
             raise ConfigError(
-                f"data.mismatch_correction is {self.mismatch_correction} and data.top_p {self.top_p}: the engine's "
-                "log-probs are then of the nucleus and the trainer's of all tokens, so their ratio corrects nothing. "
-                "Set top_p to 1, or mismatch_correction to off."
+                f"data.mismatch is {type(self.mismatch).__name__} and data.top_p {self.top_p}: the engine's log-probs "
+                "are then of the nucleus and the trainer's of all tokens, so their ratio corrects nothing. Set top_p "
+                "to 1, or mismatch to null."
             )
         if not 0 <= self.overlong_buffer <= self.max_completion_length:
             raise ConfigError(

@@ -26,6 +26,8 @@ TAGS = {
     "policy/ratio_negative": "the same for negative advantage",
     "mismatch/logprob_abs_mean": "mean absolute difference of the trainer's and the engine's log-probs",
     "mismatch/logprob_abs_max": "its maximum",
+    "mismatch/cut_fraction": "share of the tokens whose weight a bound of `data.mismatch` changed",
+    "mismatch/effective_sample_size": "equally weighted tokens with as much variance, as a share: (Σw)² / (N Σw²)",
     "time/sync_s": "seconds until the engine has the new weights",
     "time/generate_s": "seconds of sampling, with the rewards that are done meanwhile",
     "time/reward_s": "seconds of waiting for rewards after that",
