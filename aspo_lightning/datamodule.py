@@ -135,7 +135,7 @@ class RolloutDataModule(LightningDataModule):
             prompts = self._prompts(self.train_task, "data.train")
             self.train_prompts = training_prompts(prompts, self.val_prompts.values())
             settings = self.settings
-            check_phase(len(self.train_prompts), settings.prompts_per_phase, settings.optimizer_steps)
+            check_phase(len(self.train_prompts), settings)
             self.curriculum.check(self.train_prompts, settings.prompts_per_phase)
             if settings.probe_factor is not None:
                 self.probe = Probe(config.vocab_size, self.context_length, settings.temperature, settings.probe_factor)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,9 +14,10 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.rollouts import loop
 from aspo_lightning.rollouts.corrections import Bypass, MaskedRatio, TruncatedRatio
 from aspo_lightning.rollouts.packing import Plan, pack
-from aspo_lightning.rollouts.settings import RewardSettings, check_phase
-from aspo_lightning.rollouts.shaping import has_task_spread, shaped_reward, trained_sequences
+from aspo_lightning.rollouts.settings import PhaseSettings, RewardSettings, check_phase
+from aspo_lightning.rollouts.shaping import is_informative, shaped_reward, trained_sequences
 from aspo_lightning.types import MicroBatch, Prompt, Rollout, RolloutGroup
+from tests.support.commands import ROOT
 from tests.support.phases import build_phase
 from tests.support.ranks import in_forks
 
@@ -96,9 +98,47 @@ def test_a_phase_without_a_useful_group_is_one_empty_micro_batch():
 
 def test_a_phase_that_cannot_be_filled_is_refused():
     with pytest.raises(ConfigError, match="has 7 prompts, fewer than data.prompts_per_phase 8"):
-        check_phase(7, 8, 2)
-    with pytest.raises(ConfigError, match="optimizer_steps is 9"):
-        check_phase(20, 8, 9)
+        check_phase(7, PhaseSettings(prompts_per_phase=8))
+    with pytest.raises(ConfigError, match="optimizer_steps is 9, more than data.prompts_per_phase 8; each step needs"):
+        check_phase(20, PhaseSettings(prompts_per_phase=8, optimizer_steps=9))
+    with pytest.raises(ConfigError, match="groups_per_step is 9, more than data.prompts_per_phase 8; no step would be"):
+        check_phase(20, PhaseSettings(prompts_per_phase=8, optimizer_steps=None, groups_per_step=9))
+
+
+@pytest.mark.parametrize(("steps", "groups"), [(4, 16), (None, None)])
+def test_the_size_of_a_step_is_given_in_one_way(steps, groups):
+    with pytest.raises(ConfigError, match="Give one of them, and null for the other"):
+        PhaseSettings(optimizer_steps=steps, groups_per_step=groups)
+
+
+def test_the_released_scripts_phase_by_hand():
+    """configs/objectives/archer2.yaml: 35 groups that are kept make steps of 16, 16 and 3, three times.
+
+    The limit is 8 tokens and the penalty starts after 4.
+    """
+    overlay = yaml.safe_load((ROOT / "configs/objectives/archer2.yaml").read_text())["data"]
+    mixed = [group(i, [1.0, 0.0], [1 + i % 4, 2]) for i in range(31)]
+    long = [group(100 + i, [0.0, 0.0], [2, 8]) for i in range(4)]  # all wrong, one of them too long
+    useless = [group(200 + i, [r, r], [3, 3]) for i, r in enumerate((0.0, 1.0, 1.0, 0.0, 0.0))]
+    groups = [*useless[:2], *long[:3], *mixed, *useless[2:], long[3]]
+    settings = {**SETTINGS, **overlay, "token_budget": 400}
+    phase = build_phase(groups, Constant(), **settings, overlong_buffer=4, advantage=GroupMean())
+    assert phase.metrics["rollout/kept_groups"] == 35
+    assert phase.accumulate == 1
+    assert len(phase) == 3 * 3
+    kept = [*long[:3], *mixed, long[3]]
+    for step, first in zip(phase, [0, 16, 32] * 3, strict=True):
+        of_step = [r for g in kept[first : first + 16] for r in g.rollouts]
+        lengths = sorted(len(r.completion_ids) for r in of_step)
+        assert sorted(torch.bincount(step.sequence_index).tolist()) == lengths
+        for i, n in enumerate(torch.bincount(step.sequence_index).tolist()):
+            weights = step.loss_weights[step.sequence_index == i].tolist()
+            assert weights == pytest.approx([1 / (32 * n)] * n)  # of a full step of 16 x 2, in the last one too
+    first = phase.micro_batches[0]
+    lengths = torch.bincount(first.sequence_index).tolist()
+    advantages = [first.advantages[first.sequence_index == i][0].item() for i in range(32)]
+    found = set(zip(lengths, advantages, strict=True))
+    assert {(2, 0.5), (8, -0.5), (1, 0.5), (2, -0.5)} <= found  # of 0 and 0 - 1, and of 1 and 0
 
 
 def test_ranks_share_a_step_and_may_be_empty():
@@ -183,11 +223,11 @@ def test_kept_groups_without_task_spread_get_no_advantage_from_their_lengths():
 
 
 def test_spread_is_more_than_rounding_and_knows_the_rule_of_truncation():
-    assert not has_task_spread(group(0, [0.1 + 0.2, 0.3]), RewardSettings())
+    assert not is_informative(group(0, [0.1 + 0.2, 0.3]), RewardSettings(), 8)
     solved = group(0, [1.0, 0.0])
     cut = replace(solved, rollouts=(replace(solved.rollouts[0], truncated=True), solved.rollouts[1]))
-    assert has_task_spread(cut, RewardSettings())
-    assert not has_task_spread(cut, RewardSettings(truncated="zero"))
+    assert is_informative(cut, RewardSettings(), 8)
+    assert not is_informative(cut, RewardSettings(truncated="zero"), 8)
 
 
 def test_spread_is_judged_before_shaping():
@@ -268,7 +308,7 @@ def test_a_renamed_prompt_is_the_same_problem():
 
 
 def test_a_phase_may_take_all_prompts_and_a_step_for_each_group():
-    check_phase(8, 8, 8)
+    check_phase(8, PhaseSettings(prompts_per_phase=8, optimizer_steps=8))
 
 
 def test_what_is_known_of_a_phase():

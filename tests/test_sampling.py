@@ -14,7 +14,7 @@ from aspo_lightning.rewards import RewardPool
 from aspo_lightning.rollouts.loop import Rollouts
 from aspo_lightning.rollouts.sampling import Sampler, sampling_seed
 from aspo_lightning.rollouts.settings import RewardSettings, RolloutSettings, Sampling
-from aspo_lightning.rollouts.shaping import has_task_spread, rollout_metrics
+from aspo_lightning.rollouts.shaping import is_informative, rollout_metrics
 from aspo_lightning.types import Completion, Prompt, Rollout, RolloutGroup
 from tests.support.processes import eventually
 
@@ -317,5 +317,5 @@ def test_a_phase_is_refilled_up_to_its_bound(rounds, max_refills, asked, kept):
     settings = RolloutSettings(prompts_per_phase=4, max_refills=max_refills, no_spread="refill")
     groups, times = Rollouts(sampler, Rounds(), [], settings).sample(epoch=0)
     assert requests == asked
-    assert sum(has_task_spread(g, RewardSettings()) for g in groups) == kept
+    assert sum(is_informative(g, RewardSettings(), 8) for g in groups) == kept
     assert times == {"time/x_s": 1.5 * sum(1 for r in rounds if r)}

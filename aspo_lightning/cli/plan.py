@@ -154,7 +154,7 @@ def epoch_lines(data: RolloutDataModule, world_size: int) -> list[str]:
     settings = data.settings
     completions = settings.prompts_per_phase * settings.group_size
     tokens = completions * settings.longest_sequence
-    steps = settings.optimizer_steps * settings.passes
+    steps = settings.updates(settings.prompts_per_phase) * settings.passes
     micro_batches = -(-tokens * settings.passes // (settings.micro_batch_tokens * world_size))
     return [
         f"An epoch: {settings.prompts_per_phase} prompts x {settings.group_size} completions of up to "

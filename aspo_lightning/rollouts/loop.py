@@ -33,7 +33,7 @@ from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.packing import pack, plan_phase
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings
-from aspo_lightning.rollouts.shaping import has_task_spread, rollout_metrics, trained_sequences
+from aspo_lightning.rollouts.shaping import is_informative, rollout_metrics, trained_sequences
 from aspo_lightning.types import MicroBatch, Phase, Prompt, RolloutGroup
 
 
@@ -112,7 +112,8 @@ class Rollouts:
         groups: list[RolloutGroup] = []
         times: dict[str, float] = {}
         for attempt in range(settings.refills + 1):
-            missing = settings.prompts_per_phase - sum(has_task_spread(g, settings) for g in groups)
+            informative = sum(is_informative(g, settings, settings.max_completion_length) for g in groups)
+            missing = settings.prompts_per_phase - informative
             if missing <= 0 or not (prompts := self.draw(epoch, attempt, missing, groups)):
                 break
             more, seconds = self.sampler.groups(prompts, settings.sampling, epoch=epoch)
@@ -138,13 +139,13 @@ class Rollouts:
         Of the others the first ``prompts_per_phase`` are trained on, ``passes`` times.
         """
         settings, rank, world_size = self.settings, self.sampler.rank, self.sampler.world_size
-        keep_all = settings.no_spread == "keep"
-        kept = [g for g in groups if keep_all or has_task_spread(g, settings)][: settings.prompts_per_phase]
-        limit = settings.max_completion_length
+        keep_all, limit = settings.no_spread == "keep", settings.max_completion_length
+        kept = [g for g in groups if keep_all or is_informative(g, settings, limit)][: settings.prompts_per_phase]
         sequences = trained_sequences(kept, settings, limit)
         plan = plan_phase(
             [(len(group[0].prompt_ids), [len(s.rollout.completion_ids) for s in group]) for group in sequences],
             optimizer_steps=settings.optimizer_steps,
+            groups_per_step=settings.groups_per_step,
             world_size=world_size,
             token_budget=settings.micro_batch_tokens,
             quadratic_cost=self.quadratic_cost,

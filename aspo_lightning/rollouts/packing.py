@@ -19,12 +19,15 @@ class Plan(NamedTuple):
 
     steps: list[list[list[list[int]]]]
     accumulate: int
+    fill: list[float] | None = None
+    """How full each step is, by its groups. None: they all are."""
 
 
 def plan_phase(
     groups: Sequence[tuple[int, Sequence[int]]],
     *,
-    optimizer_steps: int,
+    optimizer_steps: int | None,
+    groups_per_step: int | None = None,
     world_size: int = 1,
     token_budget: int,
     quadratic_cost: float = 0.0,
@@ -33,14 +36,16 @@ def plan_phase(
     """Shares out the sequences of a phase.
 
     Groups stay together in an optimizer step, in the order given, as evenly as their number allows; fewer groups than
-    ``optimizer_steps`` make fewer steps. In each step the sequences are packed into ``accumulate`` x ``world_size``
+    ``optimizer_steps`` make fewer steps. With ``groups_per_step`` each step has as many, and the last what is left. In
+    each step the sequences are packed into ``accumulate`` x ``world_size``
     micro-batches of at most ``token_budget`` tokens and nearly equal cost; ``accumulate`` is the smallest number that
     fits in every step. A group is divided among micro-batches, each with its prompt, only as far as that evens their
     cost or is needed to fit. The same input gives the same plan.
 
     Args:
         groups: of each the tokens of its prompt, and of each completion. Completions are numbered through all groups.
-        optimizer_steps: how many updates the phase is for.
+        optimizer_steps: how many updates the phase is for. None: ``groups_per_step`` says.
+        groups_per_step: groups of an update, in place of ``optimizer_steps``.
         world_size: ranks that train.
         token_budget: the most tokens a micro-batch may have.
         quadratic_cost: a sequence of n tokens costs n + quadratic_cost * n^2; for attention in a transformer of hidden
@@ -60,8 +65,14 @@ def plan_phase(
     for prompt, lengths in groups:
         numbered.append(_Group(prompt, dict(enumerate(lengths, start)), quadratic_cost))
         start += len(lengths)
-    count = min(optimizer_steps, len(groups))
-    steps = [numbered[s * len(groups) // count : (s + 1) * len(groups) // count] for s in range(count)]
+    if optimizer_steps is not None:
+        count = min(optimizer_steps, len(groups))
+        steps = [numbered[s * len(groups) // count : (s + 1) * len(groups) // count] for s in range(count)]
+        fill = None
+    else:
+        assert groups_per_step is not None
+        steps = [numbered[s : s + groups_per_step] for s in range(0, len(groups), groups_per_step)]
+        fill = [len(step) / groups_per_step for step in steps]
     least = max((sum(part.tokens for g in step for part in g.divided(1)) for step in steps), default=0)
     accumulate = max(1, -(-least // (token_budget * world_size)))
     while True:
@@ -69,7 +80,7 @@ def plan_phase(
         if all(bins is not None for bins in packed):
             break
         accumulate += 1
-    return Plan([_deal(bins, world_size) for bins in packed if bins], accumulate)
+    return Plan([_deal(bins, world_size) for bins in packed if bins], accumulate, fill)
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ def loss_weights(
     Args:
         completion_lengths: response tokens of every sequence of the step.
         scale: accumulate x world_size. Lightning divides by the first and averages gradients over the second; this
-            takes both back, so that the gradient doesn't depend on either.
+            takes both back, so that the gradient doesn't depend on either. Times how full the step is.
     """
     sequences = max(1, sum(n > 0 for n in completion_lengths))
     if averaging == "token_mean":
@@ -200,7 +211,7 @@ def pack(
     if not sequences:
         return [MicroBatch.from_sequences([])]
     batches = []
-    for step in plan.steps:
+    for step, fill in zip(plan.steps, plan.fill or [1.0] * len(plan.steps), strict=True):
         members = [i for ranks in step for bin in ranks for i in bin]
         weights = dict(
             zip(
@@ -208,7 +219,7 @@ def pack(
                 loss_weights(
                     [sequences[i].rollout.sampled_length for i in members],
                     averaging,
-                    scale=plan.accumulate * world_size,
+                    scale=fill * plan.accumulate * world_size,
                     max_completion_length=max_completion_length,
                 ),
                 strict=True,

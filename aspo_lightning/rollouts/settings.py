@@ -61,8 +61,11 @@ class PhaseSettings(Settings):
 
     prompts_per_phase: int = 64
     """Prompts of an epoch."""
-    optimizer_steps: int = 4
-    """Updates of a pass through the phase; the kept groups are shared among them."""
+    optimizer_steps: int | None = 4
+    """Updates of a pass through the phase; the kept groups are shared among them. None: ``groups_per_step`` says."""
+    groups_per_step: int | None = None
+    """Groups of an update, in place of ``optimizer_steps``: a pass has as many updates as the kept groups fill, and the
+    last, if it isn't full, counts by its size (the released script of the paper: 16)."""
     passes: int = 1
     """How often an epoch goes through its phase (1; the released script of the paper: 3)."""
     no_spread: NoSpread = "drop"
@@ -71,14 +74,27 @@ class PhaseSettings(Settings):
     max_refills: int = 3
     """How many more times refill may sample in an epoch."""
 
+    def updates(self, groups: int) -> int:
+        """Optimizer steps of a pass through so many groups."""
+        if self.optimizer_steps is not None:
+            return min(self.optimizer_steps, groups)
+        assert self.groups_per_step is not None
+        return -(-groups // self.groups_per_step)
+
     @property
     def refills(self) -> int:
         """How many more times an epoch may sample."""
         return self.max_refills if self.no_spread == "refill" else 0
 
     def check(self) -> None:
-        for name in ("prompts_per_phase", "optimizer_steps", "passes"):
-            at_least(1, f"data.{name}", getattr(self, name))
+        for name in ("prompts_per_phase", "optimizer_steps", "groups_per_step", "passes"):
+            if (value := getattr(self, name)) is not None:
+                at_least(1, f"data.{name}", value)
+        if (self.optimizer_steps is None) == (self.groups_per_step is None):
+            raise ConfigError(
+                f"data.optimizer_steps is {self.optimizer_steps} and data.groups_per_step {self.groups_per_step}. Give "
+                "one of them, and null for the other."
+            )
         at_least(0, "data.max_refills", self.max_refills)
 
 
@@ -131,6 +147,9 @@ class RewardSettings(Settings):
     """Tokens before max_completion_length over which a penalty rises (DAPO). 0: none."""
     overlong_penalty: float = 1.0
     """That penalty at full length."""
+    spread: Literal["task", "shaped"] = "task"
+    """The reward by which a group has spread or not: of the task, or shaped, with the overlong penalty (the released
+    script): there a group that is all wrong is kept if some of it is too long."""
     advantage: Advantage = GroupStd()  # noqa: RUF009 (frozen)
     """What a reward becomes, by class name: GroupStd (GRPO), GroupMean (Dr. GRPO), LeaveOneOut (RLOO), BatchStd
     (REINFORCE++ baseline), LitePPO, MaxRL, OPO."""
@@ -263,15 +282,18 @@ def at_least(least: int, name: str, value: int) -> None:
         raise ConfigError(f"{name} is {value}; it must be at least {least}.")
 
 
-def check_phase(prompts: int, prompts_per_phase: int, optimizer_steps: int) -> None:
+def check_phase(prompts: int, settings: PhaseSettings) -> None:
     """Raises ConfigError unless the task can fill a phase and the phase its optimizer steps."""
-    if prompts < prompts_per_phase:
+    if prompts < settings.prompts_per_phase:
         raise ConfigError(
-            f"The training task has {prompts} prompts, fewer than data.prompts_per_phase {prompts_per_phase}. "
+            f"The training task has {prompts} prompts, fewer than data.prompts_per_phase {settings.prompts_per_phase}. "
             "Give it more, or lower prompts_per_phase."
         )
-    if optimizer_steps > prompts_per_phase:
-        raise ConfigError(
-            f"data.optimizer_steps is {optimizer_steps}, more than data.prompts_per_phase {prompts_per_phase}; each "
-            "step needs at least one group."
-        )
+    for name, why in (
+        ("optimizer_steps", "each step needs at least one group"),
+        ("groups_per_step", "no step would be full"),
+    ):
+        if (value := getattr(settings, name)) is not None and value > settings.prompts_per_phase:
+            raise ConfigError(
+                f"data.{name} is {value}, more than data.prompts_per_phase {settings.prompts_per_phase}; {why}."
+            )

@@ -18,7 +18,7 @@ def trained_sequences(
     if not groups:
         return []
     rewards = [[shaped_reward(r, settings, max_completion_length) for r in g.rollouts] for g in groups]
-    spread = torch.tensor([has_task_spread(g, settings) for g in groups])
+    spread = torch.tensor([is_informative(g, settings, max_completion_length) for g in groups])
     shaped = torch.tensor(rewards, dtype=torch.float64)
     lengths = torch.tensor([[r.sampled_length for r in g.rollouts] for g in groups], dtype=torch.float64)
     advantages = group_advantages(shaped, settings.advantage, spread=spread, lengths=lengths).tolist()
@@ -51,8 +51,13 @@ def task_reward(rollout: Rollout, settings: RewardSettings) -> float:
     return 0.0 if rollout.truncated and settings.truncated == "zero" else rollout.reward
 
 
-def has_task_spread(group: RolloutGroup, settings: RewardSettings) -> bool:
-    """Whether its completions differ in task reward, before the overlong penalty. Without that it teaches nothing."""
+def is_informative(group: RolloutGroup, settings: RewardSettings, max_completion_length: int) -> bool:
+    """Whether its completions differ in reward; otherwise it teaches nothing.
+
+    By default in task reward: without that the overlong penalty alone would say what is better.
+    """
+    if settings.spread == "shaped":
+        return has_spread([shaped_reward(r, settings, max_completion_length) for r in group.rollouts])
     return has_spread([task_reward(r, settings) for r in group.rollouts])
 
 
