@@ -7,11 +7,15 @@ import sys
 import pytest
 import torch
 
+from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.weights import full_weights
+from aspo_lightning.run.rollout_files import read_rollouts, rollout_files
 from aspo_lightning.types import MicroBatch
+from tests.support.commands import aspo
+from tests.support.configs import tiny_config, write_config
 from tests.support.models import save_experts, save_model, save_tokenizer
 from tests.support.processes import free_port
 
@@ -203,3 +207,33 @@ def test_transformers_refuses_the_weights_of_another_model(tiny_model, untied_mo
 def test_a_batch_without_places_is_refused():
     with pytest.raises(ConfigError, match="batch_size is 0"):
         TransformersEngine(batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_model_len", "but data.max_prompt_length and data.max_completion_length sets it. Leave it out"),
+        ("dtype", "but data.engine.dtype sets it"),
+        ("logprobs_mode", "but sampling and syncs rely on how it is set"),
+        ("speculative_confg", "isn't an argument of vLLM. Close to it are speculative_config"),
+    ],
+)
+def test_arguments_of_vllm_that_are_not_free_or_not_there_are_refused(name, message):
+    with pytest.raises(ConfigError, match=f"engine_args has {name}, .*{message}"):
+        VLLMEngine(engine_args={name: 1}).check()
+
+
+def test_speculative_decoding_trains_two_phases_of_the_policys_own_samples(tiny_model, tmp_path):
+    """By n-grams: log-probs are the trainer's. With the prefix cache vLLM 0.32 gives some that aren't numbers."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    args = {"speculative_config": drafts, "enable_prefix_caching": False}
+    engine = {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.05, "engine_args": args}}
+    config = write_config(tmp_path / "config.yaml", tiny_config(tiny_model, tmp_path, engine=engine))
+    result = aspo("fit", "--config", config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = tmp_path / "tiny" / "version_0"
+    completions = [r["completion"] for path in rollout_files(run).values() for r in read_rollouts(path)]
+    assert len(set(completions)) > 25  # of 32
+    mismatch = [value for _, value in read_run(run)["mismatch/logprob_abs_max"]]
+    assert len(mismatch) == 2
+    assert max(mismatch) < 1e-3

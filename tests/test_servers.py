@@ -121,6 +121,30 @@ def test_what_a_model_recommends_for_sampling_is_not_followed_but_its_end_tokens
             assert ours.generator_logprobs == pytest.approx(theirs.generator_logprobs, abs=1e-5)
 
 
+def test_a_request_has_what_else_it_is_to_have(model, servers):
+    more = VLLMServers([servers[0].url], extra_body={"priority": 0, "sampling_params": {"min_tokens": 20}})
+    more.check()
+    more.start(model, context_length=64)
+    more.sync_weights(load_file(f"{model}/model.safetensors").items())
+    requests = [SamplingRequest((5, 6, 7), 24, seed, 1.5) for seed in range(16)]
+    assert min(len(completion.completion_ids) for _, completion in more.generate(requests)) >= 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"token_ids": [1]}, "token_ids"),
+        ({"stream": True}, "stream"),
+        ({"sampling_params": {"seed": 1}}, "sampling_params.seed"),
+        ({"sampling_params": {"n": 2}}, "sampling_params.n"),
+        ({"sampling_params": 3}, "sampling_params 3"),
+    ],
+)
+def test_what_a_request_has_anyway_is_refused(extra, named):
+    with pytest.raises(ConfigError, match=f"extra_body has {named}"):
+        VLLMServers(["http://127.0.0.1:1"], extra_body=extra).check()
+
+
 def test_leaving_early_leaves_no_request_and_no_thread(model, servers):
     served = VLLMServers([server.url for server in servers])
     served.start(model, context_length=64)
