@@ -224,7 +224,7 @@ def test_configs_overlay(finished, tmp_path):
 CHAIN_SUM = ["--data.train", "ReasoningGym", "--data.train.init_args.task", "chain_sum"]
 BAD_INPUT = {
     "unknown key": (["--model.no_such_key", "1"], "no_such_key"),
-    "unknown objective": (["--model.objective", "PPPO"], "Known are ASPO, CISPO, DAPO"),
+    "unknown objective": (["--model.objective", "PPPO"], "Known are ASPO, ASPOResponseMean, ASPOSoftGate"),
     "unknown engine": (["--data.engine", "SGLang"], "TransformersEngine, VLLMEngine"),
     "unknown curriculum": (["--data.curriculum", "PasRate"], "Known are PassRate, RisingLevels, Shuffled"),
     "no model folder": (["--model.model_name_or_path", "/no/such/folder"], "/no/such/folder doesn't exist"),

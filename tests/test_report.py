@@ -76,7 +76,7 @@ def test_what_is_no_result_is_told(tmp_path):
     result = write_result(tmp_path / "a", [1, 2])
     (tmp_path / "going_on").mkdir()
     (tmp_path / "going_on" / "settings.json").write_text("{}")
-    with pytest.raises(ConfigError, match="isn't finished. Run it again"):
+    with pytest.raises(ConfigError, match="isn't finished. Run the same command again"):
         report.main([str(tmp_path / "going_on")])
     (tmp_path / "x.json").write_text("[1]")
     with pytest.raises(ConfigError, match="x.json isn't a result of `aspo test`"):
