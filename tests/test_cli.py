@@ -17,7 +17,7 @@ from aspo_lightning.cli.report import read_run
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.objectives import Objective
 from aspo_lightning.run.tags import EVALUATION, TAGS, table
-from tests.support.commands import ROOT, aspo, aspo_here
+from tests.support.commands import ROOT, aspo, aspo_forked, aspo_here
 from tests.support.configs import tiny_config, write_config
 from tests.support.models import save_model, save_tokenizer
 
@@ -38,7 +38,7 @@ def finished(tiny_model, tmp_path_factory):
     """A run of two epochs with vLLM."""
     folder = tmp_path_factory.mktemp("runs")
     config = write_config(folder / "config.yaml", tiny_config(tiny_model, folder))
-    result = aspo("fit", "--config", config)
+    result = aspo("fit", "--config", config)  # not in a fork, which has the memory of all imports
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, config, result
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_holds_the_policy_and_not_the_reference(finished, tiny_mode
 def test_a_second_run_has_a_folder_of_its_own_and_parts_are_swapped_by_name(finished):
     folder, config, _ = finished
     first = {p: p.stat().st_mtime_ns for p in (folder / "tiny" / "version_0").rglob("*")}
-    result = aspo(
+    result = aspo_forked(
         "fit",
         "--config",
         config,
@@ -142,7 +142,9 @@ def test_turns_refills_a_curriculum_and_hanging_rewards_in_one_run(tiny_model, t
     )
     config["data"].update(reward_timeout_s=1.0, max_completion_length=24)
     start = time.monotonic()
-    result = aspo("fit", "--config", write_config(tmp_path / "config.yaml", config), "--trainer.limit_val_batches", "0")
+    result = aspo_forked(
+        "fit", "--config", write_config(tmp_path / "config.yaml", config), "--trainer.limit_val_batches", "0"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     logged = read_run(tmp_path / "tiny" / "version_0")
     failed = [value for _, value in logged["rollout/failed_rewards"]]
@@ -162,7 +164,7 @@ def test_validate_evaluates_a_checkpoint(finished):
     folder, config, _ = finished
     run = folder / "tiny" / "version_0"
     at_the_end = read_run(run)["eval/sums/avg@2"][-1][1]
-    result = aspo("validate", "--config", config, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+    result = aspo_forked("validate", "--config", config, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
     assert result.returncode == 0, result.stderr[-3000:]
     (shown,) = re.findall(r"eval/sums/avg@2\s+│\s+([\d.]+)", result.stdout)
     assert float(shown) == pytest.approx(at_the_end)
@@ -216,7 +218,7 @@ def test_configs_overlay(finished, tmp_path):
     _, config, _ = finished
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"data": {"group_size": 6}}))
-    printed = yaml.safe_load(aspo("fit", "--config", config, "--config", str(overlay), "--print_config").stdout)
+    printed = yaml.safe_load(aspo_forked("fit", "--config", config, "--config", str(overlay), "--print_config").stdout)
     assert printed["data"]["group_size"] == 6
     assert printed["data"]["prompts_per_phase"] == 4
 

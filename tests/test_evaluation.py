@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from aspo_lightning.evaluation.results import COMPLETIONS, RESULT, TABLE, FileJo
 from aspo_lightning.identity import weights_digest
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
-from tests.support.commands import aspo, aspo_here
+from tests.support.commands import aspo, aspo_forked, aspo_here
 from tests.support.configs import tiny_config, write_config
 from tests.support.processes import eventually
 from tests.support.ranks import Ranks
@@ -125,13 +126,13 @@ def trained(tiny_model, tmp_path_factory):
     config["data"]["val"] = {"sums": val}
     config["data"]["engine"]["init_args"]["max_num_seqs"] = 8
     path = write_config(folder / "config.yaml", config)
-    result = aspo("fit", "--config", path)
+    result = aspo_forked("fit", "--config", path)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, path, folder / "tiny" / "version_0"
 
 
-def aspo_test(*args: str) -> str:
-    result = aspo("test", *args)
+def aspo_test(*args: str, ranks: Sequence[str] = ()) -> str:
+    result = aspo("test", *args, *ranks) if ranks else aspo_forked("test", *args)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -153,7 +154,7 @@ def tested(trained):
 def test_a_checkpoint_scores_as_in_training_and_as_its_exported_folder(trained, tested):
     folder, config, run = trained
     exported = folder / "exported"
-    assert aspo("export", str(run), str(exported)).returncode == 0
+    assert aspo_forked("export", str(run), str(exported)).returncode == 0
     aspo_test("--config", config, "--model", str(exported), "--out", str(folder / "of_folder"))
     training = run / "eval" / "step_000004"
     results = [json.loads((f / RESULT).read_text()) for f in (training, tested, folder / "of_folder")]
@@ -222,7 +223,7 @@ def test_two_ranks_give_the_same_files_as_one(trained, tested, settings, request
     folder, config, run = trained
     out = folder / request.node.name
     ranks = ["--trainer.devices", "2", "--trainer.strategy", *settings]
-    aspo_test("--config", config, "--model", str(run), "--out", str(out), *ranks)
+    aspo_test("--config", config, "--model", str(run), "--out", str(out), ranks=ranks)
     assert files(out) == files(tested)
 
 

@@ -12,7 +12,7 @@ from aspo_lightning.objectives import ASPO, GRPO
 from aspo_lightning.run.rollout_files import read_rollouts, rollout_files, rollout_path, write_rollouts
 from aspo_lightning.run.rollout_log import RolloutLog, Trained, records, token_records
 from aspo_lightning.types import MicroBatch, Phase, Prompt, Rollout, RolloutGroup, TrainedSequence
-from tests.support.commands import aspo
+from tests.support.commands import aspo, aspo_forked
 from tests.support.configs import tiny_config, write_config
 
 
@@ -137,7 +137,7 @@ def test_settings_that_make_no_sense_are_refused(settings):
         RolloutLog(**settings)
 
 
-def run(tiny_model, folder, *arguments):
+def run(aspo, tiny_model, folder, *arguments):
     config = tiny_config(tiny_model, folder, engine={"class_path": "TransformersEngine"}, passes=2)
     config["trainer"] |= {"max_epochs": 3, "limit_val_batches": 0, "logger": False}
     result = aspo("fit", "--config", write_config(folder / "config.yaml", config), *arguments)
@@ -147,7 +147,9 @@ def run(tiny_model, folder, *arguments):
 
 def test_a_run_keeps_its_newest_completions(tiny_model, tmp_path):
     """On two ranks: each knows the ratios of its own micro-batches."""
-    folder = run(tiny_model, tmp_path, "--rollout_log.keep", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    folder = run(
+        aspo, tiny_model, tmp_path, "--rollout_log.keep", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp"
+    )
     files = rollout_files(folder)
     assert list(files) == [1, 2]
     for path in files.values():
@@ -174,6 +176,6 @@ def test_a_run_keeps_its_newest_completions(tiny_model, tmp_path):
 def test_they_can_be_kept_now_and_then_or_not_at_all(tiny_model, tmp_path):
     for n, epochs in (("2", [0, 2]), ("0", [])):
         (tmp_path / n).mkdir()
-        folder = run(tiny_model, tmp_path / n, "--rollout_log.every_n_epochs", n)
+        folder = run(aspo_forked, tiny_model, tmp_path / n, "--rollout_log.every_n_epochs", n)
         assert list(rollout_files(folder)) == epochs
         assert (folder / "rollouts").exists() == bool(epochs)

@@ -78,8 +78,8 @@ class RatioCanary(Callback):
     They aren't if temperature, mask or dropout differ between scoring and training.
 
     Args:
-        tolerance: of the mean |log ratio| of the first group of the first micro-batch. None: 1e-3 in float32, 0.02 in
-            bfloat16.
+        tolerance: of the mean |log ratio| of the first group of the first micro-batch. None: 1e-3 in float32, 0.1 in
+            bfloat16, where the same tokens in another row, through other kernels, have come out 0.02 apart.
     """
 
     def __init__(self, tolerance: float | None = None) -> None:
@@ -94,7 +94,7 @@ class RatioCanary(Callback):
         scored, trained = phase_of(trainer).canary, outputs["logprobs"]
         if not len(scored):
             return
-        tolerance = self.tolerance or (1e-3 if trainer.precision == "32-true" else 0.02)
+        tolerance = self.tolerance or (1e-3 if trainer.precision == "32-true" else 0.1)
         mean = (trained[: len(scored)].to(scored.device) - scored).abs().mean().item()
         if tolerance < mean < math.inf:  # what isn't finite is NonFiniteGuard's
             raise RunError(

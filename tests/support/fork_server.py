@@ -1,8 +1,8 @@
 """One rank of `Ranks` (ranks.py): calls modules in forks of a process that has done the slow imports.
 
 A line of its input is a call, as JSON: {"module": "aspo_lightning.cli.main", "arguments": [...], "environment": {...},
-"log": file for all output}, of the module's ``main()``. It answers with two lines: the child's process id and, when it
-has ended, its exit code (minus the signal that ended it).
+"log": file for all output, "errors": null, or a file of its own for stderr}, of the module's ``main()``. It answers
+with two lines: the child's process id and, when it has ended, its exit code (minus the signal that ended it).
 """
 
 import faulthandler
@@ -28,10 +28,10 @@ from tests.support.ranks import LIMIT_S
 gc.freeze()  # an engine collects garbage several times, and would look through all that was imported
 
 
-def call(module: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+def call(module: str, arguments: list[str], environment: dict[str, str], log: str, errors: str | None = None) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if errors else output, 2)
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)  # of what hangs
     os.environ.update(environment)
     sys.argv = ["aspo", *arguments]

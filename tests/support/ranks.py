@@ -61,10 +61,12 @@ class Ranks:
         module: str = "aspo_lightning.cli.main",
         first: int | None = None,
         environments: list[dict[str, str]] | None = None,
+        errors: Path | None = None,
     ) -> list[int]:
         """The process ids of a call of a module, which is `aspo`'s, on all ranks or on the ``first``.
 
-        ``environments`` stand for the variables by which ranks find each other.
+        ``environments`` stand for the variables by which ranks find each other; ``errors`` is a file for what one rank
+        writes to stderr, which is in its log otherwise.
         """
         self.calling = self.processes[:first]
         if environments is None:
@@ -74,6 +76,7 @@ class Ranks:
         for rank, (process, environment) in enumerate(zip(self.calling, environments, strict=True)):
             log = str(self.log(name, rank))
             call = {"module": module, "arguments": arguments, "environment": environment, "log": log}
+            call["errors"] = errors and str(errors)
             process.stdin.write(f"{json.dumps(call)}\n".encode())
         return self._answers()
 
