@@ -152,6 +152,7 @@ class RolloutDataModule(LightningDataModule):
             # vLLM looks for them; Lightning leaves out the first with its own launcher, under SLURM both.
             os.environ.update(RANK=str(trainer.global_rank), LOCAL_RANK=str(trainer.local_rank))
         with engine_errors(at_start=True), isolate_rng():  # vLLM seeds torch, and adapters aren't drawn yet
+            self.engine.expect_adapters(self._policy.adapter_rank)
             self.engine.start(self.model_name_or_path, context_length=self.context_length)
             self.engine.sleep()
         self._started = True

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MaxMetric, MeanMetric, Metric
 
+from aspo_lightning.engines.base import Adapters
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.objectives import ASPO, KLEstimator, Objective, TokenMean, kl_to_reference, policy_loss, token_mean
 from aspo_lightning.policy.causal_lm import ScoredCausalLM, score_batches
 from aspo_lightning.policy.hub import resolve_model
 from aspo_lightning.policy.settings import ModelSettings
-from aspo_lightning.policy.weights import full_tensor, full_weights, set_adapters, without_frozen
+from aspo_lightning.policy.weights import adapter_tensors, full_tensor, full_weights, set_adapters, without_frozen
 from aspo_lightning.run.checkpoints import check_between_phases
 from aspo_lightning.run.lightning import trainer_of
 from aspo_lightning.types import Evaluation, MicroBatch, State
@@ -251,6 +252,16 @@ class ASPOModule(LightningModule):
         # Not over ranks, which skip together.
         self._log("policy/skipped_steps", float(not self.step_is_finite), reduce_fx="sum", sync_dist=False)
         self._log("policy/grad_norm", norm)
+
+    @property
+    def adapter_rank(self) -> int:
+        """Of the adapters that are trained; 0: the weights are."""
+        return self.settings.lora_rank
+
+    def policy_adapters(self) -> Adapters:
+        """The adapters that are trained, for an engine that takes them without the weights."""
+        assert self.policy is not None
+        return Adapters(self.settings.lora_rank, self.settings.lora_alpha, adapter_tensors(self.policy.lm))
 
     def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of each weight, one at a time; tied weights once. For the engine."""

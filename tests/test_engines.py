@@ -9,14 +9,18 @@ import torch
 
 from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, TransformersEngine, VLLMEngine
+from aspo_lightning.engines.base import Adapters
+from aspo_lightning.engines.vllm_args import adapter_args
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
-from aspo_lightning.policy.weights import full_weights
+from aspo_lightning.policy.settings import ModelSettings
+from aspo_lightning.policy.weights import adapter_tensors, full_weights
 from aspo_lightning.run.rollout_files import read_rollouts, rollout_files
 from aspo_lightning.types import MicroBatch
 from tests.support.commands import aspo_forked
 from tests.support.configs import tiny_config, write_config
 from tests.support.models import save_experts, save_model, save_tokenizer
+from tests.support.one_step import move_adapters
 from tests.support.processes import free_port
 
 PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 9, 40, 7)]  # one fills a block of the prefix cache
@@ -237,3 +241,41 @@ def test_speculative_decoding_trains_two_phases_of_the_policys_own_samples(tiny_
     mismatch = [value for _, value in read_run(run)["mismatch/logprob_abs_max"]]
     assert len(mismatch) == 2
     assert max(mismatch) < 1e-3
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "untied_model"], indirect=True)
+def test_adapters_alone_give_the_completions_of_merged_weights(model):
+    policy = ScoredCausalLM.from_pretrained(model, ModelSettings(lora_rank=3, lora_alpha=8.0))
+    engines = [VLLMEngine(kv_cache_gib=0.05, merge_adapters=merge) for merge in (False, True)]
+    alone, merged = engines
+    for engine in engines:
+        engine.expect_adapters(3)
+        engine.start(model, context_length=64)
+    assert (alone.takes_adapters, merged.takes_adapters) == (True, False)
+    seen = []
+    for scale in (1.0, -2.0):  # two syncs: the second time the first adapters are gone
+        move_adapters(policy.lm)
+        with torch.no_grad():
+            for name, parameter in policy.lm.named_parameters():
+                if ".lora_B" in name:
+                    parameter *= scale
+        tensors = dict(adapter_tensors(policy.lm))
+        assert sum(t.numel() for t in tensors.values()) == sum(
+            p.numel() for p in policy.parameters() if p.requires_grad
+        )
+        alone.sync_adapters(Adapters(3, 8.0, tensors.items()))
+        merged.sync_weights(full_weights(policy.lm))
+        (requests, found), (_, expected) = (sample(engine) for engine in engines)
+        assert [c.completion_ids for c in found] == [c.completion_ids for c in expected]
+        logprobs, generated = scored(policy, requests, found)
+        assert (logprobs - generated).abs().max() < 1e-4
+        seen.append([c.completion_ids for c in found])
+    assert seen[0] != seen[1]
+    for engine in engines:
+        engine.stop()
+
+
+def test_adapters_of_a_rank_that_vllm_has_no_room_for_are_refused():
+    with pytest.raises(ConfigError, match=r"lora_rank is 4096, and vLLM takes adapters up to 512.*merge_adapters"):
+        adapter_args(4096)
+    assert adapter_args(3)["max_lora_rank"] == adapter_args(8)["max_lora_rank"]

@@ -30,6 +30,17 @@ class SamplingRequest:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters (LoRA, arXiv 2106.09685), apart from the weights that they belong to."""
+
+    rank: int
+    alpha: float
+    """Their product is scaled by alpha / rank."""
+    tensors: Iterable[tuple[str, Tensor]]
+    """(name as peft saves it, full tensor) of each."""
+
+
+@dataclass(frozen=True)
 class EngineMemory:
     """What an engine takes of a GPU's memory, or of a process's on CPUs, in bytes."""
 
@@ -59,6 +70,8 @@ class Engine(ABC):
 
     tensor_parallel_size: int = 1
     """Neighbouring ranks that share an engine: they get the same requests and return the same completions."""
+    takes_adapters: bool = False
+    """Whether adapters come by ``sync_adapters``; otherwise merged, by ``sync_weights``."""
 
     _on_hang: Callable[[str], None] = staticmethod(end_process)
 
@@ -103,6 +116,13 @@ class Engine(ABC):
     @abstractmethod
     def start(self, model_name_or_path: str, *, context_length: int) -> None:
         """Loads the model, for prompts and completions of together at most ``context_length`` tokens."""
+
+    def expect_adapters(self, rank: int) -> None:  # noqa: B027 (engines may leave it: adapters come merged)
+        """Says, before ``start``, that adapters of this rank will be trained; 0: the weights."""
+
+    def sync_adapters(self, adapters: Adapters) -> None:
+        """Takes over the policy's adapters, on the weights of ``start``; nothing cached of the old ones stays."""
+        raise NotImplementedError(f"{type(self).__name__} takes no adapters")
 
     @abstractmethod
     def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:

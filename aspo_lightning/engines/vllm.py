@@ -1,13 +1,11 @@
 """vLLM, in this process."""
 
 import ctypes
-import difflib
 import gc
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -16,7 +14,8 @@ from torch import distributed as dist
 from transformers import PreTrainedConfig
 
 from aspo_lightning.collectives import world_size
-from aspo_lightning.engines.base import FULL, HALF, Engine, EngineMemory, SamplingRequest, kv_bytes
+from aspo_lightning.engines.base import FULL, HALF, Adapters, Engine, EngineMemory, SamplingRequest, kv_bytes
+from aspo_lightning.engines.vllm_args import adapter_args, check_engine_args
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import INCIDENTAL
@@ -25,6 +24,8 @@ from aspo_lightning.types import Completion
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.outputs import CompletionOutput
+
+    from aspo_lightning.engines.adapters import AdapterFolder
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -49,6 +50,8 @@ class VLLMEngine(Engine):
         timeout_s: an engine that takes longer for one step (a token of all completions) counts as hanging. Its process
             then ends, or is started again.
         tensor_parallel_size: neighbouring ranks that share an engine, for a model too large for one GPU's share.
+        merge_adapters: have LoRA adapters merged and all weights sent at each sync, for models whose adapters vLLM
+            doesn't take. By default the adapters alone are sent, some megabytes.
         engine_args: handed to vLLM as they are, such as ``kv_cache_dtype: fp8`` or a ``speculative_config``. Those that
             this class sets itself are refused. Whether sampling still follows the policy, the probe and ``mismatch/*``
             tell.
@@ -63,6 +66,7 @@ class VLLMEngine(Engine):
         enforce_eager: Annotated[bool, INCIDENTAL] = False,
         timeout_s: Annotated[float, INCIDENTAL] = 600.0,
         tensor_parallel_size: Annotated[int, INCIDENTAL] = 1,
+        merge_adapters: Annotated[bool, INCIDENTAL] = False,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         self.dtype = dtype
@@ -72,7 +76,10 @@ class VLLMEngine(Engine):
         self.enforce_eager = enforce_eager
         self.timeout_s = timeout_s
         self.tensor_parallel_size = tensor_parallel_size
+        self.merge_adapters = merge_adapters
         self.engine_args = engine_args or {}
+        self._adapter_rank = 0
+        self._adapters: AdapterFolder | None = None
         self._llm: LLM | None = None
         self._asleep = False
 
@@ -161,8 +168,16 @@ class VLLMEngine(Engine):
                 # An engine a rank, or shared by some, inside the trainer's process group.
                 distributed_executor_backend="external_launcher" if among_ranks else None,
                 tensor_parallel_size=self.tensor_parallel_size if among_ranks else 1,
+                **(adapter_args(self._adapter_rank) if self.takes_adapters else {}),
                 **self.engine_args,
             )
+
+    @property
+    def takes_adapters(self) -> bool:  # type: ignore[override]
+        return self._adapter_rank > 0
+
+    def expect_adapters(self, rank: int) -> None:
+        self._adapter_rank = 0 if self.merge_adapters else rank
 
     def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
         from vllm import SamplingParams, TokensPrompt
@@ -186,6 +201,7 @@ class VLLMEngine(Engine):
                 )
                 for r in requests
             ],
+            lora_request=self._adapters.request if self._adapters else None,
             use_tqdm=False,
         )
         place = places(ids)
@@ -218,18 +234,35 @@ class VLLMEngine(Engine):
         if self._asleep:
             llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        if not llm.reset_prefix_cache():
-            raise RuntimeError("vLLM could not empty its prefix cache after new weights: requests are still running")
+        _empty_prefix_cache(llm)
+
+    def sync_adapters(self, adapters: Adapters) -> None:
+        from aspo_lightning.engines.adapters import AdapterFolder
+
+        llm = self._running()
+        if self._asleep:
+            llm.wake_up()
+            self._asleep = False
+        before, self._adapters = self._adapters, AdapterFolder(adapters, after=self._adapters)
+        if before:
+            llm.llm_engine.remove_lora(before.request.lora_int_id)
+            before.remove()
+        llm.llm_engine.add_lora(self._adapters.request)
+        _empty_prefix_cache(llm)
 
     def sleep(self) -> bool:
         if self._llm is None or not torch.cuda.is_available():
             return False
-        self._llm.sleep(level=2)  # gives up weights and cache: the next phase has other weights
+        # Gives up the cache, and weights that the next phase has others of; those below adapters wait on the host.
+        self._llm.sleep(level=1 if self.takes_adapters else 2)
         self._asleep = True
         return True
 
     def stop(self) -> None:
         self._llm, self._asleep = None, False
+        if self._adapters:
+            self._adapters.remove()
+            self._adapters = None
 
     def _running(self) -> "LLM":
         if self._llm is None:
@@ -237,41 +270,9 @@ class VLLMEngine(Engine):
         return self._llm
 
 
-OURS = {
-    "model": "model.model_name_or_path",
-    "tokenizer": "model.model_name_or_path",
-    "seed": "seed_everything",
-    "max_model_len": "data.max_prompt_length and data.max_completion_length",
-    **{name: f"data.engine.{name}" for name in ("dtype", "max_num_seqs", "gpu_memory_utilization", "enforce_eager")},
-    "tensor_parallel_size": "data.engine.tensor_parallel_size",
-    "kv_cache_memory_bytes": "data.engine.kv_cache_gib",
-    "hf_overrides": "",
-    "logprobs_mode": "",
-    "max_logprobs": "",
-    "enable_sleep_mode": "",
-    "enable_chunked_prefill": "",
-    "max_num_batched_tokens": "",
-    "block_size": "",
-    "distributed_executor_backend": "",
-    "worker_extension_cls": "",
-    "weight_transfer_config": "",
-}
-"""What engine_args can't have, since this engine sets it or relies on it; and the setting that does, if one does."""
-
-
-def check_engine_args(engine_args: Mapping[str, object]) -> None:
-    """Raises ConfigError for arguments that vLLM doesn't have, or that aren't free."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    known = {field.name for field in fields(EngineArgs)}
-    for name in engine_args:
-        if name in OURS:
-            set_by = f"{OURS[name]} sets it" if OURS[name] else "sampling and syncs rely on how it is set"
-            raise ConfigError(f"data.engine.engine_args has {name}, but {set_by}. Leave it out.")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f" Close to it are {', '.join(close)}." if close else ""
-            raise ConfigError(f"data.engine.engine_args has {name}, which isn't an argument of vLLM.{hint}")
+def _empty_prefix_cache(llm: "LLM") -> None:
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM could not empty its prefix cache after new weights: requests are still running")
 
 
 @contextmanager

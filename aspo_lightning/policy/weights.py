@@ -61,6 +61,14 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
         yield from revert_weight_conversion(lm, {name: tensor}).items()
 
 
+@torch.no_grad()
+def adapter_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name as peft saves it, full tensor) of each part of the adapters; collective where the model is sharded."""
+    for name, parameter in lm.named_parameters():
+        if ".lora_" in name:
+            yield f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", full_tensor(parameter.detach())
+
+
 def without_frozen(module: nn.Module, state_dict: State) -> State:
     """A state dict of ``module`` without the parameters that aren't trained, under any of their names."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}

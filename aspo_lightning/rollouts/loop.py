@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from aspo_lightning.curriculum import Curriculum
-from aspo_lightning.engines.base import Engine, engine_errors
+from aspo_lightning.engines.base import Adapters, Engine, engine_errors
 from aspo_lightning.rollouts.corrections import Bypass, correct
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.packing import pack, plan_phase
@@ -59,6 +59,15 @@ class Policy(Scorer, Protocol):
 
     model_name_or_path: str
     temperature: float
+
+    @property
+    def adapter_rank(self) -> int:
+        """Of the adapters that are trained; 0: the weights are."""
+        ...
+
+    def policy_adapters(self) -> Adapters:
+        """The adapters that are trained."""
+        ...
 
     def policy_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of each weight."""
@@ -200,5 +209,8 @@ def sync(engine: Engine, policy: Policy) -> float:
     """
     start = time.perf_counter()
     with engine_errors():
-        engine.sync_weights(policy.policy_weights(engine.weights_dtype))
+        if engine.takes_adapters:
+            engine.sync_adapters(policy.policy_adapters())
+        else:
+            engine.sync_weights(policy.policy_weights(engine.weights_dtype))
     return time.perf_counter() - start
