@@ -55,7 +55,7 @@ def state(run: Path) -> dict[str, object]:
 def start(folder: Path, name: str, *more: str) -> subprocess.Popen[bytes]:
     command = [ASPO, "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
     command += ["--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", str(EPOCHS)]
-    command += ["--trainer.default_root_dir", str(folder / name)]
+    command += ["--trainer.default_root_dir", str(folder / name), "--checkpoint.every_n_epochs", "1"]
     command += ["--trainer.callbacks+=kill_quickstart.Completions"]
     command += ["--trainer.callbacks.folder", str(folder / f"{name}_c")]
     with (folder / f"{name}.log").open("a") as log:
