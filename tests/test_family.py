@@ -500,3 +500,27 @@ def test_the_readmes_objective_is_sapo():
     tokens = Tokens.of(logprobs, old, advantages, torch.arange(200))
     for ours, printed in zip(SAPO().weigh(tokens), names["SoftGate"]().weigh(tokens), strict=True):
         torch.testing.assert_close(printed, ours, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@given(
+    tokens=st.lists(
+        st.tuples(*[st.floats(-1e4, 0, width=32)] * 3, st.floats(-10, 10, width=32, allow_subnormal=False)), max_size=8
+    )
+)
+def test_no_finite_tokens_and_no_missing_ones_give_nan_or_infinity(name, tokens):
+    logprobs, old, mu, advantages = torch.tensor(tokens).reshape(-1, 4).unbind(1)
+    leaf = logprobs.clone().requires_grad_()
+    loss, _ = policy_loss(
+        BY_HAND[name][0],
+        leaf,
+        old,
+        advantages,
+        torch.ones_like(old),
+        sequence_index=torch.arange(len(tokens)) // 2,
+        token_entropy=-old,
+        generator_logprobs=mu,
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert leaf.grad.isfinite().all()

@@ -18,7 +18,7 @@ HARMLESS_WARNINGS = [
 MODEL = "--model.model_name_or_path"  # what a user means by --model, which LightningCLI takes for a config file
 
 TOOLS = ("configs", "export", "report", "view")
-"""Commands in modules of their names, which need neither Lightning nor vLLM."""
+"""Commands in modules of their names, which import no more than each of them needs."""
 
 
 def error_for_people(error: BaseException | None) -> AspoError | None:

@@ -10,7 +10,7 @@ so an objective only says how the weights ``w_t`` follow from what is known of N
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ class Tokens:
     What isn't known is None; ``known`` asks for it by name.
 
     Raises:
-        ValueError: unless all fields are [N], the floats of the ratio's dtype and without gradient, and the indices are
-            integers.
+        ValueError: unless all fields are [N], the floats of the ratio's dtype and without gradient, and the
+            sequence index integers.
     """
 
     ratio: Tensor
@@ -37,8 +37,6 @@ class Tokens:
     """[N]."""
     sequence_index: Tensor
     """[N] integers, equal for tokens of the same response, in any order."""
-    position: Tensor | None = None
-    """[N] integers; which of its response's trained tokens a token is, from 0."""
     logprobs: Tensor | None = None
     """[N] of the policy in training."""
     old_logprobs: Tensor | None = None
@@ -60,7 +58,7 @@ class Tokens:
                     f"{f.name} is {list(value.shape)} and the ratio {list(self.ratio.shape)}; all are [N], a number "
                     "for each response token."
                 )
-            if f.name in ("sequence_index", "position"):
+            if f.name == "sequence_index":
                 if value.is_floating_point() or value.dtype == torch.bool:
                     raise ValueError(f"{f.name} is {value.dtype}; it must hold integers.")
             elif value.dtype != self.ratio.dtype or not value.is_floating_point():
@@ -79,12 +77,12 @@ class Tokens:
         generator_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
     ) -> "Tokens":
-        """Tokens with their ratio and position; without gradient, in the dtype of ``logprobs``."""
+        """Tokens with their ratio; without gradient, in the dtype of ``logprobs``."""
 
         def alike(values: Tensor) -> Tensor:  # rows are float32, whatever the model computes in
             return values.detach().to(logprobs.dtype) if values.is_floating_point() else values
 
-        tokens = Tokens(
+        return Tokens(
             token_ratio(logprobs.detach(), alike(old_logprobs)),
             alike(advantages),
             sequence_index,
@@ -94,7 +92,15 @@ class Tokens:
             ref_logprobs=None if ref_logprobs is None else alike(ref_logprobs),
             token_entropy=None if token_entropy is None else alike(token_entropy),
         )
-        return replace(tokens, position=positions(sequence_index))
+
+    @property
+    def position(self) -> Tensor:
+        """[N] which of its response's trained tokens each one is, from 0, in the order given."""
+        order = self.sequence_index.argsort(stable=True)
+        count = torch.bincount(self.sequence_index)
+        start = (count.cumsum(0) - count)[self.sequence_index[order]]
+        within = torch.arange(len(order), device=order.device) - start
+        return torch.empty_like(within).scatter_(0, order, within)
 
     def known(self, name: str) -> Tensor:
         """The field of that name.
@@ -263,12 +269,3 @@ def segment_quantile(values: Tensor, sequence_index: Tensor, quantile: float) ->
     below = start + position.floor().long()
     above = (below + 1).clamp(max=len(ordered) - 1)  # in the next response only where its share is 0
     return torch.lerp(ordered[below], ordered[above], position.frac())[sequence_index]
-
-
-def positions(sequence_index: Tensor) -> Tensor:
-    """[N] which of its response's tokens each one is, from 0, in the order given."""
-    order = sequence_index.argsort(stable=True)
-    count = torch.bincount(sequence_index)
-    start = (count.cumsum(0) - count)[sequence_index[order]]
-    within = torch.arange(len(order), device=order.device) - start
-    return torch.empty_like(within).scatter_(0, order, within)

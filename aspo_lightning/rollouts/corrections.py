@@ -24,10 +24,8 @@ from torch import Tensor
 
 from aspo_lightning.collectives import gather
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.objectives import segment_mean, segment_sum
+from aspo_lightning.objectives.rule import LOG_RATIO_LIMIT, segment_mean, segment_sum
 from aspo_lightning.types import MicroBatch
-
-LOG_LIMIT = 20.0
 
 Level = Literal["token", "sequence", "geometric_mean"]
 
@@ -99,7 +97,7 @@ def at_level(log_ratio: Tensor, sequence_index: Tensor, level: Level) -> Tensor:
         log_ratio = segment_sum(log_ratio, sequence_index)
     elif level == "geometric_mean":
         log_ratio = segment_mean(log_ratio, sequence_index)
-    return log_ratio.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def correct(batches: Sequence[MicroBatch], correction: Correction | None) -> tuple[list[MicroBatch], dict[str, float]]:
