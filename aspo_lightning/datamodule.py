@@ -75,7 +75,7 @@ class RolloutDataModule(LightningDataModule):
         self.probe: Probe | None = None
         self._sampler: Sampler | None = None
         self.rollouts: Rollouts | None = None
-        self._started = False
+        self._started_for: int | None = None  # the rank of adapters that the engine has been started for
 
     @property
     def _policy(self) -> Policy:
@@ -112,7 +112,8 @@ class RolloutDataModule(LightningDataModule):
             probe=self.probe,
             quadratic_cost=self._quadratic_cost,
         )
-        if not self._started:
+        if self._started_for != self._policy.adapter_rank:
+            self.engine.stop()  # of another module's fit
             self._start_engine(self.trainer)
 
     def _prepare(self) -> None:
@@ -148,14 +149,15 @@ class RolloutDataModule(LightningDataModule):
 
     def _start_engine(self, trainer: Trainer) -> None:
         """While the GPU is still empty: an engine takes its share of the whole, and then sleeps until weights come."""
+        rank = self._policy.adapter_rank
         if trainer.world_size > 1:
             # vLLM looks for them; Lightning leaves out the first with its own launcher, under SLURM both.
             os.environ.update(RANK=str(trainer.global_rank), LOCAL_RANK=str(trainer.local_rank))
         with engine_errors(at_start=True), isolate_rng():  # vLLM seeds torch, and adapters aren't drawn yet
-            self.engine.expect_adapters(self._policy.adapter_rank)
+            self.engine.expect_adapters(rank)
             self.engine.start(self.model_name_or_path, context_length=self.context_length)
             self.engine.sleep()
-        self._started = True
+        self._started_for = rank
 
     def train_dataloader(self) -> Phase:
         """The micro-batches of the epoch that comes next; sampled once, however often this is called."""
@@ -193,7 +195,7 @@ class RolloutDataModule(LightningDataModule):
         """Frees the engine, which otherwise stays for another fit, validate or test."""
         self.pool.close()
         self.engine.stop()
-        self._started = False
+        self._started_for = None
 
     def state_dict(self) -> State:
         return {"curriculum": saved(self.curriculum)}

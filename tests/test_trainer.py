@@ -182,6 +182,18 @@ def test_the_engine_starts_before_the_model_is_loaded_and_sleeps_until_weights_c
     data.close()
 
 
+def test_an_engine_that_stays_follows_a_module_with_adapters_and_then_one_without(parts):
+    """vLLM would go on sampling from the weights below the adapters."""
+    _, data = parts(engine=VLLMEngine(kv_cache_gib=0.05), probe_factor=None)
+    for settings in ({"lora_rank": 2}, {}, {"lora_rank": 3}):
+        module = ASPOModule(data.model_name_or_path, optimizer=lambda p: torch.optim.SGD(p, lr=0.5), **settings)
+        curves = Curves()
+        trainer(curves).fit(module, data)
+        assert data.engine.takes_adapters == bool(settings)
+        assert [epoch["mismatch/logprob_abs_max"] < 1e-3 for epoch in curves.epochs] == [True, True]
+    data.close()
+
+
 def test_an_engine_that_cannot_start_is_told_in_one_line(parts):
     module, data = parts(engine=VLLMEngine(kv_cache_gib=1e-5))
     message = r"The engine can't be started \(ValueError: No available memory for the cache blocks"

@@ -241,6 +241,7 @@ class VLLMEngine(Engine):
 
         llm = self._running()
         if self._asleep:
+            torch.cuda.empty_cache()  # as for weights
             llm.wake_up()
             self._asleep = False
         before, self._adapters = self._adapters, AdapterFolder(adapters, after=self._adapters)

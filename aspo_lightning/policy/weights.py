@@ -61,6 +61,7 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
         yield from revert_weight_conversion(lm, {name: tensor}).items()
 
 
+@torch.inference_mode(False)  # as in full_weights
 @torch.no_grad()
 def adapter_tensors(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name as peft saves it, full tensor) of each part of the adapters; collective where the model is sharded."""
