@@ -1,6 +1,6 @@
 """What each objective makes of the quickstart: one run of each and seed, and a table of where they end.
 
-    python scripts/compare_objectives.py [--seeds 0 1] [--epochs 15] [--only ASPO GRPO]
+    python scripts/compare_objectives.py [--seeds 0 1] [--epochs 15] [--only aspo grpo]
 
 Each overlay of configs/objectives/ on the quickstart, and ASPO as it is; `archer2` has three passes, so its minutes are
 others. A run that is finished is not repeated, and one that was cut off is resumed: all of them are in
@@ -8,6 +8,7 @@ runs/objectives/NAME/seed_N. With two seeds a difference of some hundredths says
 """
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -51,9 +52,10 @@ def train(name: str, seed: int, epochs: int) -> Path:
 
 
 def ends(run: Path) -> list[float]:
-    """Where each curve ends: the mean of its last epochs."""
+    """Where each curve ends: the mean of its last epochs; NaN where a run has none, like a KL that nothing needs."""
     curves = read_run(run)
-    return [statistics.fmean(value for _, value in curves[tag][-last:]) for tag, last in COLUMNS.values()]
+    ends = ([value for _, value in curves.get(tag, ())[-last:]] for tag, last in COLUMNS.values())
+    return [statistics.fmean(values) if values else math.nan for values in ends]
 
 
 def main() -> None:
