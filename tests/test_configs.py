@@ -64,6 +64,7 @@ def test_every_command_takes_names(command, monkeypatch, capsys):
 def test_an_unknown_name_on_the_command_line_is_one_line(monkeypatch):
     line = aspo_here(monkeypatch, "fit", "--config", "quickstrat")
     assert line.startswith("aspo: error: There is no file 'quickstrat' here")
+    assert "Did you mean quickstart? " in line
     assert "Shipped are quickstart, " in line
     assert "\n" not in line
 

@@ -119,8 +119,9 @@ def test_the_commands_that_a_run_prints_work_as_typed(readme, clone):
     first = readme.partition("version_1")[0]
     shown = [line.partition("to ")[2].split(maxsplit=1) for line in first.splitlines() if line.startswith("to ")]
     found = {kind: re.sub("^on +", "", command) for kind, command in shown}
-    assert set(found) == {"look", "resume", "train"}
-    run(clone, [found["look"], found["resume"], found["train"]])
+    assert set(found) == {"look", "read", "resume", "train"}
+    run(clone, [found["look"], f"{found['read']} --out read.html", found["resume"], found["train"]])
+    assert (clone / "read.html").is_file()
     assert list((clone / "runs/quickstart/version_0/checkpoints").glob("epoch_00003.ckpt"))
 
 

@@ -44,7 +44,7 @@ def test_they_are_named_in_one_line_with_the_command_that_removes_them(tmp_path)
     assert result.returncode == 1
     assert result.stderr == (
         f"aspo: error: torchvision, torchcodec can't be loaded beside torch {torch.__version__}, which breaks "
-        "transformers and vLLM. Nothing here needs them: "
+        "transformers and vLLM. Nothing here needs them, whatever `pip check` says of vLLM then: "
         f"{sys.executable} -m pip uninstall --yes torchvision torchcodec\n"
     )
 

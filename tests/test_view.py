@@ -109,6 +109,18 @@ def test_the_token_that_is_weighed_most_differently_is_named(shown):
     assert text(shown, "#detail-body .tokens .chosen .weight") == "Let"
 
 
+def test_an_epoch_without_tokens_says_why_and_leads_to_the_one_where_the_weights_are_furthest_apart(shown):
+    choose = "const e = document.getElementById('epoch'); e.value = '2'; e.dispatchEvent(new Event('change'))"
+    shown.execute_script(choose)
+    said = text(shown, "#standout")
+    assert "No tokens are kept of this epoch." in said  # it was trained on, as its advantages show
+    assert "In the whole run they are furthest apart in epoch 4." in said
+    shown.find_element(By.CSS_SELECTOR, "#standout .elsewhere").click()
+    assert shown.execute_script("return document.getElementById('epoch').value") == "4"
+    assert text(shown, "#standout .name") == "Let"
+    assert not shown.find_elements(By.CSS_SELECTOR, "#standout .elsewhere")
+
+
 def test_tokens_have_the_weights_of_the_papers_equations(shown):
     for line, by_hand in ((1, POSITIVE_WEIGHTS), (2, NEGATIVE_WEIGHTS)):
         open_row(shown, line)

@@ -30,7 +30,7 @@ def test_of_a_long_completion_the_tokens_around_the_most_different_are_kept(tmp_
     write_epoch(tmp_path, 0, [record(0, 1.0, tokens=many)])
     page = read_epoch(rollout_path(tmp_path, 0), 64, COMPARED).page
     kept = page["completions"][0]["tokens"]
-    assert page["standout"] == {"completion": 0, "token": 70}
+    assert page["standout"] == {"completion": 0, "token": 70, "difference": 1.5}
     assert (kept["first"], kept["total"], kept["text"]) == (65, 100, [str(i) for i in range(65, 75)])
     assert kept["weights"]["ASPO"]["weight"] == [1.0] * 5 + [2.0] + [1.0] * 4
 

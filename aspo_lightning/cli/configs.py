@@ -31,7 +31,10 @@ def shipped_config(name: str) -> Path:
         return path
     close = difflib.get_close_matches(name, configs, n=3)
     names = ", ".join(dict.fromkeys([*close, *configs]))
-    raise ConfigError(f"There is no file {name!r} here, and no config of that name is shipped. Shipped are {names}.")
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ConfigError(
+        f"There is no file {name!r} here, and no config of that name is shipped.{hint} Shipped are {names}."
+    )
 
 
 def find_config(given: str) -> str:

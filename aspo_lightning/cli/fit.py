@@ -226,6 +226,7 @@ def fit_summary(trainer: Trainer, run: RunFolder) -> str:
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         tensorboard = shlex.quote(str(Path(sys.argv[0]).with_name("tensorboard")))
         lines.append(f"to look        {tensorboard} --logdir {shlex.quote(str(run.path))}")
+    lines.append(f"to read        {shlex.join([sys.argv[0], 'view', str(run.path)])}")
     if run.has_checkpoints():
         lines.append(f"to resume      {resume}")
         if (epochs := trainer.max_epochs or 0) > 0:

@@ -21,6 +21,13 @@ TOOLS = ("configs", "export", "report", "view")
 """Commands in modules of their names, which import no more than each of them needs."""
 
 
+OTHERS = (
+    "Besides these: aspo plan takes what fit takes, and says what memory that needs; aspo configs lists the configs "
+    "that come along, prints or copies one; aspo view writes runs as a page; aspo report compares runs and evaluations "
+    "in figures and tables; aspo export makes a Hugging Face folder of a run."
+)
+
+
 def error_for_people(error: BaseException | None) -> AspoError | None:
     """The error, or the one below it, that is for people: jsonargparse wraps those of a class that may be left out."""
     while error is not None and not isinstance(error, AspoError):
@@ -66,7 +73,7 @@ def use_lightning(command: str) -> None:
         save_config_callback=None,  # RunRecord does it
         seed_everything_default=0,
         parser_class=Parser,
-        parser_kwargs={"description": "Also: aspo plan (takes what fit takes), configs, export, report, view."},
+        parser_kwargs={"description": OTHERS},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )

@@ -7,10 +7,12 @@ from typing import NoReturn
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
+from aspo_lightning.advantages import Advantage
 from aspo_lightning.curriculum import Curriculum
 from aspo_lightning.engines import Engine
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.objectives import Objective
+from aspo_lightning.rollouts.corrections import Correction
 from aspo_lightning.tasks import Task
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is below it
@@ -38,9 +40,7 @@ class Parser(LightningArgumentParser):
         if match := re.search(r'Parser key "([^"]+)".*?(?:([\w.]+) is null\.|value: None\b)', message):
             key = ".".join(filter(None, match.groups()))
             message = f"{key} is null. Give it a value, or leave it out for the default."
-        elif match := re.search(
-            r'"(?:\w+\.)*(model\.objective|data\.(?:engine|train|val|curriculum))".*import path string: (\S+)', message
-        ):
+        elif match := re.search(rf'"(?:\w+\.)*({_KEYS})".*import path string: (\S+)', message):
             key, name = match.groups()
             known = ", ".join(sorted(subclass_names(SWAPPABLE[key])))
             message = (
@@ -55,7 +55,10 @@ SWAPPABLE: dict[str, type] = {
     "data.train": Task,
     "data.val": Task,
     "data.curriculum": Curriculum,
+    "data.advantage": Advantage,
+    "data.mismatch": Correction,
 }
+_KEYS = "|".join(map(re.escape, SWAPPABLE))
 
 
 def subclass_names(base: type) -> set[str]:

@@ -10,11 +10,12 @@ BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 def main() -> None:
     """Entry point of the console script ``aspo``."""
-    if misfits := built_for_another_torch():
+    # `aspo configs` loads nothing that they break.
+    if sys.argv[1:2] != ["configs"] and (misfits := built_for_another_torch()):
         remove = f"{shlex.quote(sys.executable)} -m pip uninstall --yes {' '.join(misfits)}"
         sys.exit(
             f"aspo: error: {', '.join(misfits)} can't be loaded beside torch {version('torch')}, which breaks "
-            f"transformers and vLLM. Nothing here needs them: {remove}"
+            f"transformers and vLLM. Nothing here needs them, whatever `pip check` says of vLLM then: {remove}"
         )
     from aspo_lightning.cli.main import main as command
 

@@ -66,14 +66,21 @@ function fill() {
 function glance() {
   const { standout, completions } = epochData();
   const worst = [...completions].sort((a, b) => a.reward - b.reward || a.line - b.line).slice(0, 3);
+  const last = worst.at(-1);
+  const more = completions.filter((c) => last && c.reward === last.reward).length - worst.filter((c) => c.reward === last.reward).length;
   get("worst").replaceChildren(
     ...worst.map((c) => element("li", "", element("b", "", number(c.reward)), " ", about(c), opener(c, "text"), ...badges(c))),
+    ...(more > 0 ? [element("li", "muted", `and ${more} more with ${number(last.reward)}, in the table`)] : []),
   );
+  const elsewhere = ofTheRun();
   if (!standout) {
+    const trained = completions.some((c) => c.advantage);
     const why = completions.some((c) => c.tokens)
       ? "ASPO and GRPO weigh all kept tokens of this epoch alike."
-      : "No tokens are kept of this epoch.";
-    return get("standout").replaceChildren(element("p", "muted", why));
+      : trained
+        ? "No tokens are kept of this epoch."
+        : "Nothing was trained on in this epoch: the completions of each prompt all had the same reward.";
+    return get("standout").replaceChildren(element("p", "muted", why), ...elsewhere);
   }
   const completion = completions[standout.completion];
   const { tokens } = completion;
@@ -82,11 +89,28 @@ function glance() {
   button.type = "button";
   button.addEventListener("click", () => open(completion, at));
   get("standout").replaceChildren(
-    element("p", "", "Of this epoch's kept tokens, ASPO and GRPO differ most on ", foreign("code", "name", glyphs(tokens.text[at])), ":"),
+    element(
+      "p",
+      "",
+      `Of the tokens of ${completions.filter((c) => c.tokens).length} completions, those of the epoch's last micro-batch, the weights of ASPO and GRPO are furthest apart on `,
+      foreign("code", "name", glyphs(tokens.text[at])),
+      ":",
+    ),
     element("p", "readout", ...numbers(tokens, at), element("span", "", "advantage ", element("b", "", number(completion.advantage, true)))),
     excerpt(tokens, at),
     button,
+    ...elsewhere,
   );
+}
+
+/** Where in the run the weights are furthest apart, if that is in another epoch. */
+function ofTheRun() {
+  const { standout: epoch } = data.runs[state.run];
+  if (epoch === null || epoch === state.epoch) return [];
+  const button = element("button", "elsewhere", `Show epoch ${epoch}`);
+  button.type = "button";
+  button.addEventListener("click", () => select(state.run, epoch));
+  return [element("p", "muted", `In the whole run they are furthest apart in epoch ${epoch}.`), button];
 }
 
 function show() {

@@ -57,7 +57,7 @@ def read_epoch(path: Path, limit: int, by: Mapping[str, Objective]) -> Epoch:
     page = {
         "file": f"{path.parent.name}/{path.name}",
         "total": len(records),
-        "standout": found and {"completion": chosen.index(found.completion), "token": found.token},
+        "standout": found and found._asdict() | {"completion": chosen.index(found.completion)},
         "completions": [{**pages[n], "tokens": page_tokens(records[n]["tokens"], weighed[n])} for n in chosen],
     }
     return Epoch(page, means(records))

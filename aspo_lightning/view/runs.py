@@ -145,7 +145,11 @@ def panels(runs: Iterable[Mapping[str, object]]) -> list[Panel]:
 
 def page_run(run: Run) -> dict[str, object]:
     """A run as JSON, without its completions."""
+    differences: dict[int, float] = {
+        epoch: found["difference"] for epoch, page in run.epochs.items() if isinstance(found := page["standout"], dict)
+    }
     return {
+        "standout": max(differences, key=differences.__getitem__, default=None),
         "name": visible(run.name),
         "folder": visible(str(run.folder)),
         "points": run.points,

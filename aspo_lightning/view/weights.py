@@ -67,6 +67,10 @@ def weigh(record: RolloutRecord, by: Mapping[str, Objective]) -> Weighed:
     }
 
 
+SHOWN = 1e-3
+"""Weights that differ by less are the same number on the page."""
+
+
 class Standout(NamedTuple):
     """The token that ASPO weighs most differently from GRPO."""
 
@@ -77,12 +81,12 @@ class Standout(NamedTuple):
 
 
 def standout(weighed: Sequence[Weighed]) -> Standout | None:
-    """The first of those with the largest difference; None if all have the same weight under both."""
+    """The first of those with the largest difference; None if all have the same weight under both, as shown."""
     found = None
     for number, weights in enumerate(weighed):
         if weights:
             difference = (weights["ASPO"].weights - weights["GRPO"].weights).abs().nan_to_num(0)
             token = int(difference.argmax())
-            if difference[token] > (found.difference if found else 0):
+            if difference[token] > (found.difference if found else SHOWN):
                 found = Standout(number, token, float(difference[token]))
     return found
