@@ -15,12 +15,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, process_group: dist.ProcessGroup | None = None) -> list[T]:
     """The ``value`` of each rank, in their order, on all of them. Collective; values are pickled."""
     values = [value] * world_size()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=process_group)
     return values
+
+
+def second_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for a thread, whose collectives don't mix with those of the usual one. Collective."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
 def barrier() -> None:

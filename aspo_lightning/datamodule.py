@@ -1,15 +1,15 @@
 """RolloutDataModule: Lightning hooks that make each epoch's data by sampling from the current policy."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from aspo_lightning.collectives import second_group
 from aspo_lightning.curriculum import Curriculum, Shuffled, resume, saved
 from aspo_lightning.engines import Engine, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
@@ -19,11 +19,19 @@ from aspo_lightning.evaluation.results import Conditions, Results
 from aspo_lightning.identity import describe, prompts_digest, weights_digest
 from aspo_lightning.policy.hub import load_config, load_tokenizer, resolve_model
 from aspo_lightning.rewards import RewardPool
+from aspo_lightning.rollouts.ahead import PhaseSampler
+from aspo_lightning.rollouts.checks import (
+    check_agreement,
+    check_engine_devices,
+    check_lag,
+    check_shared_engines,
+    check_trainer,
+)
 from aspo_lightning.rollouts.loop import Policy, Rollouts, sync
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings, check_phase
-from aspo_lightning.run.lightning import accumulate, callback_of, next_epoch, no_stop_before
+from aspo_lightning.run.lightning import accumulate, next_epoch, no_stop_before
 from aspo_lightning.tasks.base import Task, training_prompts, without_long
 from aspo_lightning.types import Evaluation, MicroBatch, Phase, Prompt, State
 
@@ -65,6 +73,7 @@ class RolloutDataModule(LightningDataModule):
         self.curriculum = curriculum or Shuffled()
         self.engine = engine or VLLMEngine()
         self.engine.check()
+        check_lag(self.settings.lag, self.engine)
         lengths = (self.settings.max_completion_length if train else 0, self.settings.eval_length if val else 0)
         self.context_length = self.settings.max_prompt_length + max(lengths)
         self.pool = RewardPool(self.settings.reward_workers, self.settings.reward_timeout_s)
@@ -97,17 +106,18 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 "There is nothing to evaluate: data.val isn't set. `aspo configs` lists benchmarks: eval/…"
             )
-        self._forget_phase()  # of a fit that failed
+        self._stop_sampling()  # of a fit that failed
+        self._forget_phase()
         if not (self.train_prompts or self.val_prompts):
             self._prepare()
         if self.trainer is None:
             return
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         self._sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size)
+        group = second_group() if self.settings.lag else None
+        sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size, process_group=group)
         self.rollouts = Rollouts(
-            self._sampler,
-            self.curriculum,
-            self.train_prompts,
+            PhaseSampler(sampler, self.curriculum, self.train_prompts, self.settings),
             self.settings,
             probe=self.probe,
             quadratic_cost=self._quadratic_cost,
@@ -168,7 +178,8 @@ class RolloutDataModule(LightningDataModule):
             return Phase(epoch, [], accumulate=1, groups=[])  # resumed after it had finished
         if self.phase is None or self.phase.epoch != epoch:
             assert self.rollouts is not None
-            self.phase = self.rollouts.phase(self._policy, epoch)
+            limited = trainer.max_epochs is not None and trainer.max_epochs >= 0
+            self.phase = self.rollouts.phase(self._policy, epoch, end=trainer.max_epochs if limited else None)
             no_stop_before(trainer, trainer.global_step + len(self.phase) // self.phase.accumulate)
         accumulate(trainer, self.phase.accumulate)
         return self.phase
@@ -183,8 +194,17 @@ class RolloutDataModule(LightningDataModule):
         return batch.to(device)  # our own: Lightning's refuses frozen dataclasses
 
     def teardown(self, stage: str) -> None:
+        self._stop_sampling()
         self.pool.close()
         self._forget_phase()
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self.rollouts:
+            self.rollouts.phases.cancel()  # without waiting: another rank may be gone
+
+    def _stop_sampling(self) -> None:
+        if self.rollouts:
+            self.rollouts.phases.stop()
 
     def _forget_phase(self) -> None:
         self.phase = None  # what comes next may be another model
@@ -193,21 +213,28 @@ class RolloutDataModule(LightningDataModule):
 
     def close(self) -> None:
         """Frees the engine, which otherwise stays for another fit, validate or test."""
+        self._stop_sampling()
         self.pool.close()
         self.engine.stop()
         self._started_for = None
 
     def state_dict(self) -> State:
-        return {"curriculum": saved(self.curriculum)}
+        assert self.rollouts is not None
+        ahead = self.rollouts.phases.state_dict()  # first: the curriculum may still learn from what is being sampled
+        return {"curriculum": saved(self.curriculum), "ahead": ahead}
 
     def load_state_dict(self, state_dict: State) -> None:
         if self.train_task is None:
             return  # only evaluates
+        assert self.rollouts is not None
         resume(self.curriculum, state_dict["curriculum"])
+        self.rollouts.phases.load_state_dict(state_dict.get("ahead", []))
 
     def evaluate(self, name: str) -> Evaluation:
         """Samples and scores the held-out task ``name`` with the current policy."""
         assert self._sampler is not None
+        assert self.rollouts is not None
+        self.rollouts.phases.wait()  # the engine gets other weights
         sync(self.engine, self._policy)
         groups, _ = self._sampler.groups(
             self.val_prompts[name],
@@ -258,74 +285,3 @@ class _EvaluationLoader:
 
     def __iter__(self) -> Iterator[Evaluation]:
         yield self._data.evaluate(self._name)
-
-
-def check_shared_engines(engine: Engine, ranks: int) -> None:
-    """Raises ConfigError unless the ranks can be shared out among engines."""
-    if ranks % engine.tensor_parallel_size:
-        raise ConfigError(
-            f"data.engine shares an engine among tensor_parallel_size {engine.tensor_parallel_size} ranks, but there "
-            f"are {ranks}; it must divide them."
-        )
-
-
-def check_engine_devices(engine: Engine, device_ids: Sequence[int]) -> None:
-    """Raises ConfigError if vLLM, which takes this machine's GPUs in their order, would be on others than the trainer.
-
-    Args:
-        engine: what samples.
-        device_ids: of the trainer's GPUs on this machine, by rank.
-    """
-    if isinstance(engine, VLLMEngine) and list(device_ids) != list(range(len(device_ids))):
-        raise ConfigError(
-            f"trainer.devices chooses GPU {', '.join(map(str, device_ids))}, but VLLMEngine takes a machine's GPUs "
-            "from the first on. Name those you want in the environment variable CUDA_VISIBLE_DEVICES, like 4,5, and "
-            f"give trainer.devices their number, {len(device_ids)}."
-        )
-
-
-def check_agreement(policy: Policy, model_name_or_path: str, temperature: float) -> None:
-    """Raises ConfigError unless what trains is what is sampled from."""
-    if policy.model_name_or_path != model_name_or_path:
-        raise ConfigError(
-            f"The module has the model {policy.model_name_or_path} and the data module {model_name_or_path}: give both "
-            "the same model_name_or_path."
-        )
-    if policy.temperature != temperature:
-        raise ConfigError(
-            f"The module trains at temperature {policy.temperature} and the data module samples at {temperature}: give "
-            "both the same temperature."
-        )
-
-
-def check_trainer(trainer: Trainer, phase: Phase | None) -> None:
-    """Raises ConfigError for a Trainer that would train on anything but whole phases, one each epoch."""
-    settings = vars(trainer)  # not all of them are declared
-    if settings["reload_dataloaders_every_n_epochs"] != 1:
-        raise ConfigError(
-            f"trainer.reload_dataloaders_every_n_epochs is {settings['reload_dataloaders_every_n_epochs']}: all epochs "
-            "would train on the rollouts of the first. Set it to 1."
-        )
-    if trainer.accumulate_grad_batches not in (1, phase.accumulate if phase else 1) or callback_of(
-        trainer, GradientAccumulationScheduler
-    ):
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but each phase plans its own "
-            "micro-batches. Leave it out; data.token_budget bounds a micro-batch, data.optimizer_steps says how many "
-            "updates a phase is for."
-        )
-    if trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch is None:
-        raise ConfigError(
-            f"trainer.val_check_interval is {trainer.val_check_interval} and trainer.check_val_every_n_epoch "
-            f"{trainer.check_val_every_n_epoch}, but evaluations come between phases, whose batches differ in number. "
-            "Leave the first out, and set the second to a number of epochs."
-        )
-    if settings["fast_dev_run"]:
-        return  # a look at whether anything runs at all
-    for name, usual in (("limit_train_batches", 1.0), ("overfit_batches", 0)):
-        if settings[name] != usual:
-            raise ConfigError(
-                f"trainer.{name} is {settings[name]}: an optimizer step would have part of its micro-batches, under "
-                "loss weights meant for all of them. Leave it out; data.prompts_per_phase and data.optimizer_steps "
-                "make a phase smaller."
-            )

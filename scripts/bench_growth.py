@@ -32,6 +32,7 @@ from script_tools import spread
 from aspo_lightning import datamodule
 from aspo_lightning.cli.main import main as aspo
 from aspo_lightning.curriculum import Shuffled
+from aspo_lightning.rollouts.ahead import PhaseSampler
 from aspo_lightning.rollouts.loop import Rollouts
 from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.run.memory import peak_memory
@@ -107,7 +108,7 @@ class Growing(Rollouts):
     measured: list[dict[str, float]] = []  # noqa: RUF012
     began = 0.0
 
-    def phase(self, policy, epoch):
+    def phase(self, policy, epoch, *, end=None):
         now = time.perf_counter()
         if epoch:
             self.measured.append({**CALLS, "all": now - self.began})
@@ -116,16 +117,16 @@ class Growing(Rollouts):
         size = self.sizes[min(epoch, len(self.sizes) - 1)]
         group = size["group size"]
         count = max(1, size["completions"] // group)
-        self.settings = replace(
+        self.settings = self.phases.settings = replace(
             self.settings, prompts_per_phase=count, group_size=group, max_completion_length=size["completion length"]
         )
         long = [p for p in self.every if len(p.prompt_ids) >= size["prompt length"]]
-        self.prompts = [replace(p, prompt_ids=p.prompt_ids[: size["prompt length"]]) for p in long[:count]]
-        return super().phase(policy, epoch)
+        self.phases.prompts = [replace(p, prompt_ids=p.prompt_ids[: size["prompt length"]]) for p in long[:count]]
+        return super().phase(policy, epoch, end=end)
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.every = self.prompts
+        self.every = self.phases.prompts
 
 
 def config(model: str, folder: Path, epochs: int) -> dict:
@@ -233,7 +234,7 @@ def data(prompts: int, group: int, length: int) -> None:
         max_completion_length=length,
         token_budget=length + 1024,
     )
-    rollouts = Rollouts(SimpleNamespace(rank=0, world_size=1), Shuffled(), [], settings)
+    rollouts = Rollouts(PhaseSampler(SimpleNamespace(rank=0, world_size=1), Shuffled(), [], settings), settings)
     start = time.perf_counter()
     phase = rollouts.train_on(groups, Zeros(), 0)
     took = time.perf_counter() - start

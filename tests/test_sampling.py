@@ -11,7 +11,7 @@ from aspo_lightning.errors import EngineError
 from aspo_lightning.evaluation.metrics import accuracy, measure
 from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
-from aspo_lightning.rollouts.loop import Rollouts
+from aspo_lightning.rollouts.ahead import PhaseSampler
 from aspo_lightning.rollouts.sampling import Sampler, sampling_seed
 from aspo_lightning.rollouts.settings import RewardSettings, RolloutSettings, Sampling
 from aspo_lightning.rollouts.shaping import is_informative, rollout_metrics
@@ -313,9 +313,13 @@ def test_a_phase_is_refilled_up_to_its_bound(rounds, max_refills, asked, kept):
             requests.append(missing)
             return left.pop(0)
 
-    sampler = SimpleNamespace(groups=lambda prompts, sampling, **_: (groups_of(*prompts), {"time/x_s": 1.5}))
+    sampler = SimpleNamespace(
+        groups=lambda prompts, sampling, **_: (groups_of(*prompts), {"time/generate_s": 1.5}), world_size=1
+    )
     settings = RolloutSettings(prompts_per_phase=4, max_refills=max_refills, no_spread="refill")
-    groups, times = Rollouts(sampler, Rounds(), [], settings).sample(epoch=0)
+    phases = PhaseSampler(sampler, Rounds(), [], settings)
+    phases.sample(0, weights_epoch=0)
+    sampled = phases.take(0)
     assert requests == asked
-    assert sum(is_informative(g, RewardSettings(), 8) for g in groups) == kept
-    assert times == {"time/x_s": 1.5 * sum(1 for r in rounds if r)}
+    assert sum(is_informative(g, RewardSettings(), 8) for g in sampled.groups) == kept
+    assert sampled.metrics["time/generate_s"] == 1.5 * sum(1 for r in rounds if r)

@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from aspo_lightning import ASPOModule, RolloutDataModule
-from aspo_lightning.datamodule import check_engine_devices
 from aspo_lightning.engines import TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.identity import describe, incidental
 from aspo_lightning.policy.weights import full_weights
+from aspo_lightning.rollouts.checks import check_engine_devices
 from aspo_lightning.rollouts.corrections import Bypass, TruncatedRatio
 from aspo_lightning.run.callbacks import PhaseReport
 from aspo_lightning.run.guards import CollapseGuard

@@ -10,9 +10,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.cli.fit import ASPOCLI, check_checkpoints, check_strategy
 from aspo_lightning.cli.memory import DEFAULT_GPU_MEMORY, GB, MemoryPlan, Run, optimizer_states, plan_memory
-from aspo_lightning.datamodule import RolloutDataModule, check_shared_engines
+from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.module import ASPOModule
+from aspo_lightning.rollouts.checks import check_shared_engines
 
 
 def changes(run: Run, share: float | None) -> dict[str, Run]:

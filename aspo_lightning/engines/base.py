@@ -73,6 +73,9 @@ class Engine(ABC):
     takes_adapters: bool = False
     """Whether adapters come by ``sync_adapters``; otherwise merged, by ``sync_weights``."""
 
+    apart: bool = False
+    """Whether it samples on devices of its own, so that the trainer can work meanwhile (``data.lag``)."""
+
     _on_hang: Callable[[str], None] = staticmethod(end_process)
 
     def when_it_hangs(self, on_hang: Callable[[str], None]) -> None:

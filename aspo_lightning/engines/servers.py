@@ -42,6 +42,8 @@ class VLLMServers(Engine):
             ``sampling_params: {min_tokens: 2}``. Those that a request has anyway are refused.
     """
 
+    apart = True
+
     def __init__(
         self,
         urls: Annotated[list[str], INCIDENTAL],

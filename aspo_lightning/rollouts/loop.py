@@ -26,15 +26,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from aspo_lightning.curriculum import Curriculum
 from aspo_lightning.engines.base import Adapters, Engine, engine_errors
+from aspo_lightning.rollouts.ahead import PhaseSampler
 from aspo_lightning.rollouts.corrections import Bypass, correct
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.packing import pack, plan_phase
-from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.rollouts.shaping import is_informative, rollout_metrics, trained_sequences
-from aspo_lightning.types import MicroBatch, Phase, Prompt, RolloutGroup
+from aspo_lightning.types import MicroBatch, Phase, RolloutGroup
 
 
 class Scorer(Protocol):
@@ -78,9 +77,7 @@ class Rollouts:
     """Makes the phase of each epoch, on policy.
 
     Args:
-        sampler: samples and scores groups, with the engine that takes over the weights.
-        curriculum: which prompts an epoch draws.
-        prompts: to draw from.
+        phases: draws and samples, now or ahead, with the engine that takes over the weights.
         settings: ``data.*``.
         probe: compares engine and trainer after each sync. None: nothing does.
         quadratic_cost: of attention, see ``packing.plan_phase``.
@@ -88,56 +85,43 @@ class Rollouts:
 
     def __init__(
         self,
-        sampler: Sampler,
-        curriculum: Curriculum,
-        prompts: Sequence[Prompt],
+        phases: PhaseSampler,
         settings: RolloutSettings,
         *,
         probe: Probe | None = None,
         quadratic_cost: float = 0.0,
     ) -> None:
-        self.sampler, self.curriculum, self.prompts, self.settings = sampler, curriculum, prompts, settings
-        self.probe, self.quadratic_cost = probe, quadratic_cost
+        self.phases, self.settings, self.probe, self.quadratic_cost = phases, settings, probe, quadratic_cost
+        self.sampler = phases.sampler
 
-    def phase(self, policy: Policy, epoch: int) -> Phase:
-        """One epoch: all its groups, and what this rank trains on. Collective."""
-        sync_s = sync(self.sampler.engine, policy)
-        probe = self.probe.sample(self.sampler.engine) if self.probe else None
-        groups, times = self.sample(epoch)
-        self.sampler.engine.sleep()
-        learned = self.curriculum.update(groups)
-        phase = self.train_on(groups, policy, epoch, probe)
-        sampled = sum(rollout.sampled_length for group in groups for rollout in group.rollouts)
-        speed = sampled / times["time/generate_s"] / self.sampler.world_size
-        phase.metrics.update(times, **{"time/sync_s": sync_s, "throughput/generate_tokens_s": speed}, **learned)
-        return phase
+    def phase(self, policy: Policy, epoch: int, *, end: int | None = None) -> Phase:
+        """One epoch: all its groups, and what this rank trains on. Collective.
 
-    def sample(self, epoch: int) -> tuple[list[RolloutGroup], dict[str, float]]:
-        """The groups of an epoch in the order sampled, and the seconds by part.
-
-        With ``no_spread: refill`` more are sampled while too few are informative (DAPO's dynamic sampling).
+        Args:
+            policy: with the weights of this epoch, before its updates.
+            epoch: its number.
+            end: the first epoch that no longer is one of the run; nothing is sampled for it.
         """
-        settings = self.settings
-        groups: list[RolloutGroup] = []
-        times: dict[str, float] = {}
-        for attempt in range(settings.refills + 1):
-            informative = sum(is_informative(g, settings, settings.max_completion_length) for g in groups)
-            missing = settings.prompts_per_phase - informative
-            if missing <= 0 or not (prompts := self.draw(epoch, attempt, missing, groups)):
-                break
-            more, seconds = self.sampler.groups(prompts, settings.sampling, epoch=epoch)
-            groups += more
-            times = {key: times.get(key, 0.0) + value for key, value in seconds.items()}
-        return groups, times
-
-    def draw(self, epoch: int, attempt: int, missing: int, so_far: Sequence[RolloutGroup]) -> list[Prompt]:
-        """The prompts of a first attempt; after it the ``missing`` ones, of prompts not yet drawn."""
-        seed, count = self.settings.seed, self.settings.prompts_per_phase
-        if attempt == 0:
-            return self.curriculum.draw(self.prompts, count, epoch=epoch, seed=seed)
-        drawn = {group.prompt.id for group in so_far}
-        left = [prompt for prompt in self.prompts if prompt.id not in drawn]
-        return self.curriculum.draw_more(left, missing, epoch=epoch, seed=seed, attempt=attempt)
+        start = time.perf_counter()
+        self.phases.wait()
+        wait_s = time.perf_counter() - start
+        sync_s, probe = 0.0, None
+        ahead = epoch + self.settings.lag + 1
+        if missing := self.phases.missing(range(epoch, ahead if end is None else min(ahead, end))):
+            sync_s = sync(self.sampler.engine, policy)
+            probe = self.probe.sample(self.sampler.engine) if self.probe else None
+        if epoch in missing:
+            self.phases.sample(missing.pop(0), weights_epoch=epoch)
+        if missing:
+            self.phases.sample_meanwhile(missing, weights_epoch=epoch)
+        else:
+            self.sampler.engine.sleep()
+        sampled = self.phases.take(epoch)
+        phase = self.train_on(sampled.groups, policy, epoch, probe)
+        phase.metrics.update(sampled.metrics, **{"time/sync_s": sync_s})
+        if self.settings.lag:
+            phase.metrics.update({"rollout/lag": float(epoch - sampled.weights_epoch), "time/wait_s": wait_s})
+        return phase
 
     def train_on(
         self, groups: Sequence[RolloutGroup], scorer: Scorer, epoch: int, probe: MicroBatch | None = None

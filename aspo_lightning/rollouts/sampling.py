@@ -1,12 +1,14 @@
 """Prompts -> completions -> rewards, in turns where an environment answers. Every rank samples its share."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, Unpack
 
+from torch import distributed as dist
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +24,10 @@ def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int 
     """f(run seed, epoch, prompt, sample): siblings differ, and a resumed run draws the same again. 0 to 2^63 - 1."""
     key = f"{seed}/{epoch}/{prompt_id}/{sample}" + (f"/{turn}" if turn else "")
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class SamplingStopped(Exception):
+    """``Sampler.stop`` was called."""
 
 
 class Journal(Protocol):
@@ -74,11 +80,16 @@ class _Job(NamedTuple):
 
     sampling: Sampling
     epoch: int
-    description: str
+    description: str | None
     vote: bool
     journal: Journal | None
     judges: bool
     """Whether this rank has its completions scored and kept."""
+
+    @property
+    def no_bars(self) -> bool | None:
+        """Of tqdm: None leaves bars out where there is no terminal."""
+        return None if self.description else True
 
 
 class Sampler:
@@ -92,6 +103,7 @@ class Sampler:
         tokenizer: of the model.
         rank: of this process.
         world_size: processes.
+        process_group: of the ranks, for a sampler that works beside what they do in the usual one.
     """
 
     def __init__(
@@ -102,8 +114,15 @@ class Sampler:
         *,
         rank: int = 0,
         world_size: int = 1,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.engine, self.pool, self.tokenizer, self.rank, self.world_size = engine, pool, tokenizer, rank, world_size
+        self.process_group = process_group
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Ends a sampling under way in another thread, at its next completion, with SamplingStopped."""
+        self._stopped.set()
 
     def groups(
         self,
@@ -111,7 +130,7 @@ class Sampler:
         sampling: Sampling,
         *,
         epoch: int,
-        description: str = "generate",
+        description: str | None = "generate",
         vote: bool = False,
         journal: Journal | None = None,
     ) -> tuple[list[RolloutGroup], dict[str, float]]:
@@ -121,7 +140,7 @@ class Sampler:
             prompts: any number.
             sampling: how.
             epoch: of the seeds.
-            description: of the progress bar.
+            description: of the progress bar; None: there is no bar.
             vote: also asks what each completion answers, by the ``answer`` of its first reward.
             journal: what it knows isn't done again, and what is done is added to it. Its rollouts have no log-probs.
 
@@ -144,7 +163,7 @@ class Sampler:
             generated = time.perf_counter()
             if not job.judges:
                 episodes, share = [], []
-            bar = tqdm(episodes, desc="reward", leave=False, disable=None)
+            bar = tqdm(episodes, desc="reward", leave=False, disable=job.no_bars)
             rollouts = [self._rollout(episode, job) for episode in bar]
         except BaseException:
             self.pool.close()  # nobody waits for what was submitted
@@ -154,7 +173,7 @@ class Sampler:
             for i, prompt in enumerate(share)
         ]
         times = {"time/generate_s": generated - start, "time/reward_s": time.perf_counter() - generated}
-        everywhere = gather((groups, times))
+        everywhere = gather((groups, times), self.process_group)
         shares = [groups for groups, _ in everywhere[::size]]
         groups = [shares[i % len(shares)][i // len(shares)] for i in range(len(prompts))]
         return groups, {key: max(times[key] for _, times in everywhere) for key in times}
@@ -181,8 +200,10 @@ class Sampler:
             for e in episodes
         ]
 
-        with tqdm(total=len(requests), desc=job.description, leave=False, disable=None) as bar:
+        with tqdm(total=len(requests), desc=job.description, leave=False, disable=job.no_bars) as bar:
             for index, completion in generate(self.engine, requests):
+                if self._stopped.is_set():
+                    raise SamplingStopped
                 episode = episodes[index]
                 episode.ids += completion.completion_ids
                 episode.logprobs += completion.generator_logprobs
@@ -200,7 +221,7 @@ class Sampler:
             for e in episodes
             if e.prompt.environment
         ]
-        bar = tqdm(episodes, desc="environment", leave=False, disable=None)
+        bar = tqdm(episodes, desc="environment", leave=False, disable=job.no_bars)
         for episode, call in zip(bar, calls, strict=True):
             result = call.result()
             reply = result.value

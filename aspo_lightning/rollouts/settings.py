@@ -73,6 +73,9 @@ class PhaseSettings(Settings):
     average), or replaced by sampling more prompts (refill: DAPO's dynamic sampling)."""
     max_refills: int = 3
     """How many more times refill may sample in an epoch."""
+    lag: int = 0
+    """By how many epochs the weights that sample a phase are older than those that it trains. With 1 or more, servers
+    (``data.engine: VLLMServers``) sample while the epochs before train. 0: on policy."""
 
     def updates(self, groups: int) -> int:
         """Optimizer steps of a pass through so many groups."""
@@ -96,6 +99,7 @@ class PhaseSettings(Settings):
                 "one of them, and null for the other."
             )
         at_least(0, "data.max_refills", self.max_refills)
+        at_least(0, "data.lag", self.lag)
 
 
 @dataclass(frozen=True, kw_only=True)

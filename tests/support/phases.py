@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from aspo_lightning.curriculum import Shuffled
+from aspo_lightning.rollouts.ahead import PhaseSampler
 from aspo_lightning.rollouts.loop import Rollouts
 from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.types import Phase
@@ -30,5 +31,5 @@ def build_phase(
         **settings,
     )
     sampler = SimpleNamespace(rank=rank, world_size=world_size)
-    rollouts = Rollouts(sampler, Shuffled(), [], settings, quadratic_cost=quadratic_cost)
+    rollouts = Rollouts(PhaseSampler(sampler, Shuffled(), [], settings), settings, quadratic_cost=quadratic_cost)
     return rollouts.train_on(groups, scorer, epoch)
