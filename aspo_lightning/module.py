@@ -23,6 +23,7 @@ from aspo_lightning.policy.causal_lm import ScoredCausalLM, score_batches
 from aspo_lightning.policy.hub import resolve_model
 from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import adapter_tensors, full_tensor, full_weights, set_adapters, without_frozen
+from aspo_lightning.rollouts.corrections import EffectiveSampleSize
 from aspo_lightning.run.checkpoints import check_between_phases
 from aspo_lightning.run.lightning import trainer_of
 from aspo_lightning.types import Evaluation, MicroBatch, State
@@ -36,6 +37,7 @@ TOKEN_MEANS = [
         for sign in ("positive", "negative")
     ),
     "mismatch/logprob_abs_mean",
+    "mismatch/kl",
 ]
 TOKEN_MAXIMA = ["mismatch/logprob_abs_max"]
 
@@ -98,6 +100,7 @@ class ASPOModule(LightningModule):
         self.token_metrics = nn.ModuleDict(
             {tag: MeanMetric(nan_strategy="ignore") for tag in TOKEN_MEANS}
             | {tag: MaxMetric(nan_strategy="ignore") for tag in TOKEN_MAXIMA}
+            | {"mismatch/effective_sample_size": EffectiveSampleSize()}
         )
 
     @property
@@ -201,10 +204,17 @@ class ASPOModule(LightningModule):
             loss = loss + self.kl_coef * (batch.loss_weights * kl).sum()
         if self.entropy_coef:
             loss = loss - self.entropy_coef * (batch.loss_weights * entropy).sum()
-        mismatch = (old - batch.generator_logprobs).abs()
+        mismatch = old - batch.generator_logprobs
         self._log("policy/loss", loss)
         self._log_tokens({f"policy/{name}": mean for name, mean in metrics.items()})
-        self._log_tokens({"mismatch/logprob_abs_mean": token_mean(mismatch), "mismatch/logprob_abs_max": (mismatch,)})
+        self._log_tokens(
+            {
+                "mismatch/logprob_abs_mean": token_mean(mismatch.abs()),
+                "mismatch/logprob_abs_max": (mismatch.abs(),),
+                "mismatch/kl": token_mean(kl_to_reference(batch.generator_logprobs, old)),
+                "mismatch/effective_sample_size": (mismatch,),
+            }
+        )
         self._loss_is_finite = self._loss_is_finite.to(loss.device) & loss.detach().isfinite()
         return {"loss": loss, "logprobs": logprobs.detach(), "entropy": entropy.detach()}
 

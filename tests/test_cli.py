@@ -27,6 +27,8 @@ FIT_TAGS = {
     *(f"policy/{n}_{s}" for n in ("clip_fraction", "dual_clip_fraction", "ratio") for s in ("positive", "negative")),
     "mismatch/logprob_abs_mean",
     "mismatch/logprob_abs_max",
+    "mismatch/kl",
+    "mismatch/effective_sample_size",
     *(f"time/{n}_s" for n in ("generate", "reward", "score", "update", "sync")),
     *(f"throughput/{n}_tokens_s" for n in ("generate", "score", "update")),
     "throughput/update_peak_share",
@@ -171,8 +173,8 @@ def test_validate_evaluates_a_checkpoint(finished):
 
 
 def test_every_tag_has_a_meaning_and_every_meaning_a_tag(finished):
-    """docs/tags.md has them all. Other tests cover what this run lacks: a level, a correction, and votes."""
-    lacks = {"rollout/level", "mismatch/cut_fraction", "mismatch/effective_sample_size"}
+    """docs/tags.md has them all. Other tests cover what this run lacks: level, correction, lag, votes."""
+    lacks = {"rollout/level", "mismatch/cut_fraction", "mismatch/corrected_sample_size", "rollout/lag", "time/wait_s"}
     logged = read_run(finished[0] / "tiny" / "version_0").keys() - {"epoch"}
     evaluated = {re.sub(r"@\d+", "@<k>", tag.removeprefix("eval/sums/")) for tag in logged if tag.startswith("eval/")}
     assert {tag for tag in logged if not tag.startswith(("eval/", "final/"))} == TAGS.keys() - lacks

@@ -63,7 +63,7 @@ def test_advantages_are_weighed_and_what_that_did_is_measured(correction):
     assert corrected.advantages.tolist() == pytest.approx(expected, rel=1e-5)
     assert effect == {
         "mismatch/cut_fraction": pytest.approx(CUT[correction] / n),
-        "mismatch/effective_sample_size": pytest.approx(
+        "mismatch/corrected_sample_size": pytest.approx(
             sum(weights) ** 2 / (n * sum(w * w for w in weights)), rel=1e-5
         ),
     }
@@ -213,4 +213,4 @@ def test_a_16_bit_engine_is_corrected_to_the_trainers_expectation(tiny_model):
     truth = (old.exp() * VALUE[0]).sum().item()
     error = corrected.advantages.std().item() / math.sqrt(3000)
     assert corrected.advantages.mean().item() == pytest.approx(truth, abs=4 * error)
-    assert 0.99 < effect["mismatch/effective_sample_size"] < 1  # near, and not the same
+    assert 0.99 < effect["mismatch/corrected_sample_size"] < 1  # near, and not the same

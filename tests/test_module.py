@@ -98,7 +98,7 @@ def test_a_first_step_that_was_not_scored_goes_as_if_it_was(tiny_model):
     assert all(map(torch.equal, weights, expected))
 
 
-def test_the_mismatch_with_the_engine_is_a_mean_and_a_maximum_over_all_tokens(tiny_model):
+def test_the_mismatch_with_the_engine_is_measured_over_all_tokens(tiny_model):
     lm = AutoModelForCausalLM.from_pretrained(tiny_model)
     differences = []
     for group in make_groups():
@@ -107,10 +107,15 @@ def test_the_mismatch_with_the_engine_is_a_mean_and_a_maximum_over_all_tokens(ti
             ids = torch.tensor(prompt + list(rollout.completion_ids))
             logprobs = lm(input_ids=ids[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
             differences.append(logprobs.gather(1, ids[len(prompt) :, None]).squeeze(1) - -1.0)  # as the engine had it
-    differences = torch.cat(differences).abs()
+    differences = torch.cat(differences).double()  # log pi_old - log mu
     metrics = fit(ASPOModule(tiny_model, optimizer=adam(0.0)), Phases(make_groups()))
-    assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(differences.mean().item(), rel=1e-5)
-    assert metrics["mismatch/logprob_abs_max"] == pytest.approx(differences.max().item(), rel=1e-5)
+    assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(differences.abs().mean().item(), rel=1e-5)
+    assert metrics["mismatch/logprob_abs_max"] == pytest.approx(differences.abs().max().item(), rel=1e-5)
+    ratios = differences.exp()
+    assert metrics["mismatch/kl"] == pytest.approx((ratios - 1 - differences).mean().item(), rel=1e-5)
+    size = ratios.sum() ** 2 / (len(ratios) * ratios.square().sum())
+    assert 0 < size < 0.99
+    assert metrics["mismatch/effective_sample_size"] == pytest.approx(size.item(), rel=1e-5)
 
 
 def test_a_phase_that_tells_nothing_changes_nothing(tiny_model):

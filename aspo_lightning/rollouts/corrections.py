@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from aspo_lightning.collectives import gather
 from aspo_lightning.errors import ConfigError
@@ -91,6 +92,25 @@ class Bypass(Correction):
         return torch.ones_like(log_ratio), torch.zeros_like(log_ratio, dtype=torch.bool)
 
 
+class EffectiveSampleSize(Metric):
+    """(sum r)^2 / (N sum r^2) over all tokens, r = pi_old / mu: which share of them, equally weighted, says as much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: Tensor
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, log_ratio: Tensor) -> None:
+        """Takes [N] old minus generator log-probs."""
+        ratio = log_ratio.double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        self.sums += torch.stack([ratio.sum(), ratio.square().sum(), ratio.new_tensor(len(ratio))])
+
+    def compute(self) -> Tensor:
+        """NaN without tokens."""
+        total, squares, tokens = self.sums
+        return total.square() / (tokens * squares)
+
+
 def at_level(log_ratio: Tensor, sequence_index: Tensor, level: Level) -> Tensor:
     """[N] c; log-ratios beyond +-20 are taken as +-20."""
     if level == "sequence":
@@ -103,7 +123,7 @@ def at_level(log_ratio: Tensor, sequence_index: Tensor, level: Level) -> Tensor:
 def correct(batches: Sequence[MicroBatch], correction: Correction | None) -> tuple[list[MicroBatch], dict[str, float]]:
     """The micro-batches with corrected advantages, and what that did, over all ranks. Collective.
 
-    ``mismatch/cut_fraction`` is the share of tokens whose weight a bound changed; ``mismatch/effective_sample_size``
+    ``mismatch/cut_fraction`` is the share of tokens whose weight a bound changed; ``mismatch/corrected_sample_size``
     that of equally weighted tokens with as much variance, (sum w)^2 / (N sum w^2).
     """
     if correction is None:
@@ -120,5 +140,5 @@ def correct(batches: Sequence[MicroBatch], correction: Correction | None) -> tup
         return corrected, {}
     return corrected, {
         "mismatch/cut_fraction": cut_tokens / tokens,
-        "mismatch/effective_sample_size": total * total / (tokens * squares) if squares else 0.0,
+        "mismatch/corrected_sample_size": total * total / (tokens * squares) if squares else 0.0,
     }
