@@ -1,4 +1,4 @@
-"""Every shipped recipe runs, and its GRPO twin: on two ranks, with fsdp2, bf16-mixed, gradient checkpointing and vLLM.
+"""Every shipped recipe runs, its GRPO twin, and with a lag: on two ranks, with fsdp2, bf16-mixed and vLLM.
 
 What a recipe names on the hub is in a cache made here: a tiny random model of its model's architecture, and rows in the
 real schema of its datasets. On top of a recipe comes what a CPU and a test need, see ``needs``; all else is as it says.
@@ -15,9 +15,10 @@ from tests.support.benchmark_rows import ROWS as BENCHMARK_ROWS
 from tests.support.commands import ROOT
 from tests.support.configs import write_config
 from tests.support.dataset_rows import ROWS, dapo_row, verl_row
-from tests.support.hub_cache import add_dataset, add_model
+from tests.support.hub_cache import REVISION, add_dataset, add_model
 from tests.support.published_models import MODELS
 from tests.support.ranks import Ranks
+from tests.support.servers import Server, ready
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "recipes").glob("*.yaml")}
 PUBLISHED = {recipe: config for recipe, (config, _) in MODELS.items()}
@@ -46,6 +47,7 @@ class Solution:
 if __name__ == "__main__":
     print(add(*map(int, input().split())))
 """
+TOKEN = "a-secret-of-these-tests"
 ANSWERS = {"code": f"\n```python{PROGRAM}```\n", "math": "\\boxed{42}"}
 # Right answers are tokens: a random model hits one in a third of its completions, and so the recipe's own reward makes
 # groups with spread.
@@ -120,7 +122,7 @@ def needs(recipe: str, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def hub(tmp_path_factory):
     home = tmp_path_factory.mktemp("hub")
     models = {RECIPES[recipe]["model"]["model_name_or_path"]: config for recipe, config in PUBLISHED.items()}
     for name, published in models.items():
@@ -128,15 +130,20 @@ def ranks(tmp_path_factory):
         add_model(home, name, published, words=WORDS, chat_template=template)
     for (name, subset, split), rows in DATASETS.items():
         add_dataset(home, name, subset, split, rows)
-    with Ranks(2, tmp_path_factory.mktemp("logs"), HF_HOME=str(home), HF_HUB_OFFLINE="1") as ranks:
+    return home
+
+
+@pytest.fixture(scope="module")
+def ranks(hub, tmp_path_factory):
+    with Ranks(2, tmp_path_factory.mktemp("logs"), HF_HOME=str(hub), HF_HUB_OFFLINE="1", VLLM_API_KEY=TOKEN) as ranks:
         yield ranks
 
 
 class Run:
     """A recipe's run, and what its ranks have written down."""
 
-    def __init__(self, ranks: Ranks, recipe: str, folder: Path, *overlays: str) -> None:
-        self.ranks, self.recipe, self.overlays, self.folder = ranks, recipe, overlays, folder
+    def __init__(self, ranks: Ranks, recipe: str, folder: Path, *overlays: str, last: tuple[str, ...] = ()) -> None:
+        self.ranks, self.recipe, self.overlays, self.folder, self.last = ranks, recipe, overlays, folder, last
         self.says = RECIPES[recipe]
         self.kind = "code" if recipe.startswith("code") else "math"
         self.path = folder / "runs" / "version_0"
@@ -144,7 +151,7 @@ class Run:
 
     def command(self, subcommand: str, *args: str, overlays: tuple[str, ...] = ()) -> None:
         path = write_config(self.folder / "needs.yaml", needs(self.recipe, self.folder))
-        configs = [f"configs/recipes/{self.recipe}.yaml", *self.overlays, *overlays, path]
+        configs = [f"configs/recipes/{self.recipe}.yaml", *self.overlays, *overlays, path, *self.last]
         self.ranks.run(self.folder.name, [subcommand, *(a for c in configs for a in ("--config", c)), *args])
 
     def fit(self, *args: str) -> list[dict]:
@@ -262,3 +269,19 @@ def test_its_grpo_twin_differs_in_the_objective_alone(run, ranks, tmp_path):
         step = ours["accumulate"]
         assert ours["losses"][:step] == its["losses"][:step]
         assert ours["losses"][step:] != its["losses"][step:]
+
+
+def test_a_recipe_samples_ahead_of_its_training(run, hub, ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", TOKEN)
+    name = run.says["model"]["model_name_or_path"].replace("/", "--")
+    model = hub / "hub" / f"models--{name}" / "snapshots" / REVISION
+    with ready(Server(str(model), "--max-model-len", "1024", "--dtype", "bfloat16")) as (server,):
+        engine = {"class_path": "VLLMServers", "init_args": {"urls": [server.url]}}
+        lag = write_config(tmp_path / "lag.yaml", {"data": {"lag": 1, "engine": engine}})
+        ahead = Run(ranks, run.recipe, tmp_path, last=(lag,))
+    for record in ahead.records:
+        first, second = record["phases"]
+        assert (first["metrics"]["rollout/lag"], second["metrics"]["rollout/lag"]) == (0, 1)
+        ahead.check_phase(first)
+        assert second["mismatch"] > MISMATCH  # it was sampled by the weights of the first
+        assert all(map(math.isfinite, second["losses"]))
