@@ -4,11 +4,12 @@
 
 Each overlay of configs/objectives/ on the quickstart, and ASPO as it is; `archer2` has three passes, so its minutes are
 others. A run that is finished is not repeated, and one that was cut off is resumed: all of them are in
-runs/objectives/NAME/seed_N. With two seeds a difference of some hundredths says nothing.
+runs/objectives/NAME/seed_N, those that are finished without their weights (4 GB each). With two seeds a difference of some hundredths says nothing.
 """
 
 import argparse
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def train(name: str, seed: int, epochs: int) -> Path:
         command += ["--ckpt_path", str(run)]
     print(f"{name}, seed {seed}", flush=True)
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    for weights in ("checkpoints", "best"):
+        shutil.rmtree(run / weights, ignore_errors=True)
     return run
 
 

@@ -15,6 +15,8 @@ from tests.support.commands import ROOT, aspo_here
 from tests.support.models import save_model
 from tests.support.published_models import MODELS
 
+SERVED = ["--data.lag", "1", "--data.engine", "VLLMServers", "--data.engine.urls", "[http://127.0.0.1:8001]"]
+
 
 @pytest.fixture
 def planned(parsers, monkeypatch, capsys):
@@ -37,7 +39,7 @@ def planned(parsers, monkeypatch, capsys):
 
 @pytest.mark.parametrize("twin", [[], ["--config", "configs/objectives/grpo.yaml"]], ids=["aspo", "grpo"])
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "configs" / "recipes").iterdir()))
-def test_recipes_fit_the_papers_hardware(recipe, twin, planned, tmp_path):
+def test_recipes_fit_the_papers_hardware(recipe, twin, planned, tmp_path, monkeypatch):
     config, parameters = MODELS[recipe]
     config.save_pretrained(tmp_path)
     args = ["--config", f"configs/recipes/{recipe}.yaml", *twin, "--model.model_name_or_path", str(tmp_path)]
@@ -67,6 +69,41 @@ def test_recipes_fit_the_papers_hardware(recipe, twin, planned, tmp_path):
         assert together < 80
     (fits,) = re.findall(r"Fits: ([\d.]+) of 80.0 GB", text)
     assert float(fits) == pytest.approx(max(parts["together"]), abs=0.06)
+    assert "--data.lag 1 an epoch would take" in text
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    parts, text, code = planned(*args, "--gpu-memory", "80", *SERVED)
+    assert code == 0, text
+    assert "engine's weights" not in parts
+    assert "With data.lag 1 servers sample while it trains" in text
+
+
+def test_what_a_lag_would_bring_is_told_by_hand_here(planned, tmp_path, monkeypatch):
+    config, billions = MODELS["qwen3_8b"]
+    parameters = 1e9 * billions
+    config.save_pretrained(tmp_path)
+    args = ["--config", "configs/recipes/qwen3_8b.yaml", "--model.model_name_or_path", str(tmp_path)]
+    args += ["--gpu-memory", "80", "--data.max_completion_length", "6000", "--model.kl_coef", "0.1"]
+    args += ["--model.gradient_checkpointing", "true", "--data.optimizer_steps", "4"]
+    _, text, _ = planned(*args)
+    # 64 x 16 completions of 3,000 tokens on average. An embedding isn't multiplied with; 151,936 x 4,096.
+    multiplied, tokens = parameters - 151_936 * 4096, 1024 * 3000
+    attention = 4000 / (6 * 4096)  # a token sees 4,000 on average, being of a long completion rather than of a short
+    flops = multiplied * tokens * (1 + attention) * (6 + 2 + 2 + 3 / 4 * 2)  # recomputed; the reference; 3 steps of 4
+    # 36 layers with 8 heads of 128, keys and values of 2 bytes.
+    weights, kv = 6000 * 2 * parameters, 1024 * 6000**2 / 6 * 2 * 36 * 8 * 128 * 2
+    training = [flops / n / (0.4 * 989e12) for n in range(1, 9)]
+    sampling = [(weights + kv / n) / (0.6 * 3.35e12) for n in range(1, 9)]
+    assert f"trains for {training[7] / 60:.1f} min on 8 GPUs, and samples for {sampling[7] / 60:.1f} min" in text
+    ahead, servers = min((max(sampling[n - 1], training[7 - n]), n) for n in range(1, 8))
+    together = training[7] + sampling[7]
+    assert f"servers on {servers} of them and --data.lag 1 an epoch would take {ahead / 60:.1f} min" in text
+    assert f"in place of {together / 60:.1f} min: {ahead / together:.2f}" in text
+
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    _, text, code = planned(*args, *SERVED)
+    assert code == 0, text
+    enough = next(n for n in range(1, 100) if (weights + kv / n) / (0.6 * 3.35e12) <= training[7])
+    assert f"With data.lag 1 servers sample while it trains; to be done as soon, they need {enough} GPUs" in text
 
 
 def test_an_unsharded_reference_has_16_bit_layers_in_mixed_precision(planned, tmp_path):

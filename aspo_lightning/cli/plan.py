@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.cli.fit import ASPOCLI, check_checkpoints, check_strategy
 from aspo_lightning.cli.memory import DEFAULT_GPU_MEMORY, GB, MemoryPlan, Run, optimizer_states, plan_memory
+from aspo_lightning.cli.times import time_lines
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.module import ASPOModule
@@ -105,7 +106,9 @@ class Planner:
     def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: object) -> None:
         run = run_of(model, datamodule, self.settings, self.gpu_memory)
         check_shared_engines(run.engine, run.world_size)
-        text, fits = report(run, plan_memory(run), epoch_lines(datamodule, run.world_size))
+        text, fits = report(
+            run, plan_memory(run), [*epoch_lines(datamodule, run.world_size), *time_lines(run, datamodule.settings)]
+        )
         print(text)
         if not fits:
             raise SystemExit(1)

@@ -17,11 +17,20 @@ _TIMES = 3
 def update_flops(lm: PreTrainedModel, batches: Iterable[MicroBatch]) -> float:
     """Operations of the weights' products in forward and backward of these micro-batches, by the whole model.
 
-    Of T tokens of a row, and in the head N response tokens: 2 for each weight in forward, 2 for the gradient of what
-    comes in, 2 for that of the weight where it is trained. Of experts, the share that a token goes through. Attention
-    between tokens isn't counted, nor what gradient checkpointing repeats.
+    In the layers of all T tokens of a row, in the head of its N response tokens.
     """
     rows, responses = (sum(sizes) for sizes in zip(*((len(b.input_ids), len(b.targets)) for b in batches), strict=True))
+    layers, head = flops_per_token(lm)
+    return rows * layers + responses * head
+
+
+def flops_per_token(lm: PreTrainedModel) -> tuple[float, float]:
+    """Operations of the weights' products in forward and backward of a token: in the layers, and in the head.
+
+    2 for each weight in forward, 2 for the gradient of what comes in, 2 for that of the weight where it is trained. Of
+    experts, the share that a token goes through. Attention between tokens isn't counted, nor what gradient
+    checkpointing repeats.
+    """
     head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
     chosen = getattr(lm.config.get_text_config(), "num_experts_per_tok", None) or 1
 
@@ -30,7 +39,7 @@ def update_flops(lm: PreTrainedModel, batches: Iterable[MicroBatch]) -> float:
         return (6 if weight.requires_grad else 4) * weight.numel() * used
 
     layers = (p for p in lm.parameters() if p.ndim > 1 and p is not head and p is not embedding)
-    return rows * sum(map(of, layers)) + responses * of(head)
+    return sum(map(of, layers)), of(head)
 
 
 def product_peak(dtype: torch.dtype, device: torch.device) -> float:
