@@ -4,7 +4,8 @@
 
 Each overlay of configs/objectives/ on the quickstart, and ASPO as it is; `archer2` has three passes, so its minutes are
 others. A run that is finished is not repeated, and one that was cut off is resumed: all of them are in
-runs/objectives/NAME/seed_N, those that are finished without their weights (4 GB each). With two seeds a difference of some hundredths says nothing.
+runs/objectives/NAME/seed_N, without their weights (4 GB) once they are finished. With two seeds a difference of some
+hundredths says nothing.
 """
 
 import argparse
