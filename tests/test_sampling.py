@@ -1,5 +1,7 @@
 """Sampling with a scripted engine and real reward processes: requests, seeds, turns, refills."""
 
+import pickle
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +9,7 @@ import pytest
 
 from aspo_lightning.curriculum import PassRate, Shuffled
 from aspo_lightning.engines.base import Engine
-from aspo_lightning.errors import EngineError
+from aspo_lightning.errors import ConfigError, EngineError
 from aspo_lightning.evaluation.metrics import accuracy, measure
 from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
@@ -323,3 +325,70 @@ def test_a_phase_is_refilled_up_to_its_bound(rounds, max_refills, asked, kept):
     assert requests == asked
     assert sum(is_informative(g, RewardSettings(), 8) for g in sampled.groups) == kept
     assert sampled.metrics["time/generate_s"] == 1.5 * sum(1 for r in rounds if r)
+
+
+class Slow(Script):
+    """Takes its time for each completion, and breaks after ``breaks`` of them."""
+
+    def __init__(self, breaks=None):
+        super().__init__()
+        self.breaks, self.given = breaks, 0
+
+    def generate(self, requests):
+        for found in super().generate(requests):
+            if self.given == self.breaks:
+                raise RuntimeError("out of sevens")
+            time.sleep(0.02)
+            self.given += 1
+            yield found
+
+
+def phases_of(engine, pool):
+    settings = RolloutSettings(prompts_per_phase=4, group_size=4, max_completion_length=9, lag=1)
+    return PhaseSampler(Sampler(engine, pool, Counting()), Shuffled(), [prompt(i, i + 1) for i in range(12)], settings)
+
+
+def test_phases_are_sampled_meanwhile_and_kept_as_they_were_in_plain_data(pool):
+    now, meanwhile = phases_of(Script(), pool), phases_of(Slow(), pool)
+    for epoch in (0, 1):
+        now.sample(epoch, weights_epoch=0)
+    meanwhile.sample_meanwhile([0, 1], weights_epoch=0)
+    assert meanwhile.missing(range(3)) == [0, 1, 2]  # there is time to look
+    state = pickle.loads(pickle.dumps(meanwhile.state_dict()))  # waits for both
+    assert meanwhile.missing(range(3)) == [2]
+    resumed = phases_of(Script(), pool)
+    resumed.load_state_dict(state)
+    for epoch in (0, 1):
+        expected, found, kept = (phases.take(epoch) for phases in (now, meanwhile, resumed))
+        assert len({group.prompt.id for group in expected.groups}) == 4
+        assert found.groups == expected.groups
+        assert kept == found
+        values = [[rollout.rewards for group in phase.groups for rollout in group.rollouts] for phase in (kept, found)]
+        assert values[0] == values[1]  # which don't count in comparisons
+    assert all(type(value) in (int, dict, list) for phase in state for value in phase.values())
+    short = phases_of(Script(), pool)
+    short.prompts = short.prompts[:1]
+    with pytest.raises(ConfigError, match=r"completions of the prompt 'p\d+' that have yet to be trained on"):
+        short.load_state_dict(state)
+
+
+def test_what_breaks_meanwhile_is_raised_where_it_is_waited_for(pool):
+    phases = phases_of(Slow(breaks=5), pool)
+    phases.sample_meanwhile([0], weights_epoch=0)
+    with pytest.raises(EngineError, match="out of sevens"):
+        phases.wait()
+    with pytest.raises(EngineError, match="out of sevens"):
+        phases.state_dict()  # no checkpoint lacks a phase
+
+
+def test_what_is_sampled_meanwhile_is_given_up_at_the_next_completion(pool):
+    engine = Slow()
+    phases = phases_of(engine, pool)
+    phases.sample_meanwhile([0, 1, 2], weights_epoch=0)
+    assert eventually(lambda: engine.given > 2)
+    phases.stop()
+    given = engine.given
+    assert given < 16
+    assert phases.missing(range(3)) == [0, 1, 2]
+    time.sleep(0.1)
+    assert engine.given == given

@@ -131,9 +131,13 @@ class PhaseSampler:
             self.sampler.stop()
 
     def stop(self) -> None:
-        """Gives up what is being sampled, and returns when nothing is."""
-        self.cancel()
+        """Gives up what is being sampled, and returns when nothing is.
+
+        Several ranks finish it: one that gave up would leave the others waiting for its share.
+        """
         if self._thread:
+            if self.sampler.world_size == 1:
+                self.cancel()
             self._thread.join()
             self._thread = None
 
