@@ -84,7 +84,7 @@ def epoch_line(epoch: int, metrics: dict[str, float]) -> str:
     ]
     seconds = [
         text
-        for part in ("generate", "reward", "score", "update", "sync")
+        for part in ("wait", "generate", "reward", "score", "update", "sync")
         for text in show(part, f"time/{part}_s", ".1f")
     ]
     return f"epoch {epoch:4d} | " + " | ".join([*parts, "seconds: " + " ".join(seconds)])

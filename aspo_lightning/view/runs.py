@@ -50,6 +50,7 @@ PANELS = (
         "Seconds by part",
         {
             "time/generate_s": "generate",
+            "time/wait_s": "wait",
             "time/reward_s": "reward",
             "time/score_s": "score",
             "time/update_s": "update",
