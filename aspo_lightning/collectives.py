@@ -23,7 +23,7 @@ def gather(value: T, process_group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def second_group() -> dist.ProcessGroup | None:
+def thread_group() -> dist.ProcessGroup | None:
     """A group of all ranks for a thread, whose collectives don't mix with those of the usual one. Collective."""
     return dist.new_group(backend="gloo") if world_size() > 1 else None
 

@@ -1,4 +1,4 @@
-"""RolloutDataModule: Lightning hooks that make each epoch's data by sampling from the current policy."""
+"""RolloutDataModule: Lightning hooks that make each epoch's data by sampling from the policy."""
 
 import os
 from collections.abc import Iterator
@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from aspo_lightning.collectives import second_group
+from aspo_lightning.collectives import thread_group
 from aspo_lightning.curriculum import Curriculum, Shuffled, resume, saved
 from aspo_lightning.engines import Engine, VLLMEngine
 from aspo_lightning.engines.base import engine_errors
@@ -42,7 +43,7 @@ Batch = TypeVar("Batch", MicroBatch, Evaluation)
 
 
 class RolloutDataModule(LightningDataModule):
-    """Samples a phase of rollouts for every epoch, on policy, and plans its micro-batches.
+    """Samples a phase of rollouts for every epoch, on policy but for ``data.lag``, and plans its micro-batches.
 
     Args:
         model_name_or_path: the policy (set by ``model.model_name_or_path`` on the command line).
@@ -114,7 +115,7 @@ class RolloutDataModule(LightningDataModule):
             return
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         self._sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size)
-        group = second_group() if self.settings.lag else None
+        group = thread_group() if self.settings.lag and stage == "fit" else None
         sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size, process_group=group)
         self.rollouts = Rollouts(
             PhaseSampler(sampler, self.curriculum, self.train_prompts, self.settings),
@@ -228,7 +229,8 @@ class RolloutDataModule(LightningDataModule):
             return  # only evaluates
         assert self.rollouts is not None
         resume(self.curriculum, state_dict["curriculum"])
-        self.rollouts.phases.load_state_dict(state_dict.get("ahead", []))
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.rollouts.phases.load_state_dict(state_dict.get("ahead", []))
 
     def evaluate(self, name: str) -> Evaluation:
         """Samples and scores the held-out task ``name`` with the current policy."""

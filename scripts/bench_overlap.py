@@ -7,7 +7,8 @@ A trainer on one core and a vLLM server on the other, on the same phases, in tur
 The learning rate is 0, so both lags sample the same completions; --max-num-seqs says how long the server takes.
 
 With --simulated, on a tiny model, an engine that only waits as long as servers would that sample the heavy-tailed
-lengths of a paper's phase, and updates that wait as well: the phases' seconds over max(sampling, training).
+lengths of a paper's phase, and updates that wait as well: which share of a phase is max(sampling, training). Waiting
+takes no processor from the other side, so that is the most that a lag can bring.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -178,6 +180,7 @@ def until_it_answers(url: str) -> None:
 
 def simulated(options: argparse.Namespace) -> None:
     """Sampling of so many seconds beside training of as many, of less and of more."""
+    sys.path.insert(0, str(ROOT))
     from tests.support.models import save_model, save_tokenizer
 
     with tempfile.TemporaryDirectory() as temporary:

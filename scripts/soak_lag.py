@@ -113,9 +113,11 @@ class Soak:
 
     def disturbed(self, seed: int) -> Counter[str]:
         """The faults that struck, by kind."""
-        draw, struck, server = random.Random(seed), Counter[str](), None
+        draw, struck, server, starts = random.Random(seed), Counter[str](), None, 0
         try:
             while True:
+                starts += 1
+                assert starts < self.phases + 10, "it doesn't get on"
                 server = server or self.serve()
                 with self.start("disturbed", server) as trainer:
                     code = None

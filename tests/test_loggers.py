@@ -1,15 +1,17 @@
 """What a run gives its loggers besides curves, read back from what they wrote."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from aspo_lightning.cli.fit import RUN
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.run.loggers import COLUMNS, LAYOUT, Samples, chosen, markdown
+from aspo_lightning.run.loggers import COLUMNS, LAYOUT, LoggerSetup, Samples, chosen, markdown
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.types import Phase, Prompt, Rollout, RolloutGroup
 from tests.support.commands import aspo
@@ -80,6 +82,17 @@ def test_tensorboard_has_the_settings_with_what_came_of_them(events, run):
     assert events.Scalars("final/rollout/accuracy")[-1].value == curve[-1].value
     assert any(tag.startswith("final/eval/sums/avg@") for tag in events.Tags()["scalars"])
     assert "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_what_no_epoch_since_the_resume_has_measured_is_still_among_the_results():
+    def ended(callback, **metrics):
+        callback.on_train_epoch_end(SimpleNamespace(callback_metrics=metrics), None)
+
+    before, after = LoggerSetup(), LoggerSetup()
+    ended(before, **{"policy/entropy": torch.tensor(0.5), "rollout/reward": torch.tensor(1.0), "policy/kl": 2.0})
+    after.load_state_dict(before.state_dict())
+    ended(after, **{"rollout/reward": torch.tensor(3.0)})  # a phase without a useful group
+    assert after.last == {"final/policy/entropy": 0.5, "final/rollout/reward": 3.0}
 
 
 def test_wandb_has_settings_curves_and_tables(run):

@@ -74,7 +74,7 @@ def test_recipes_fit_the_papers_hardware(recipe, twin, planned, tmp_path, monkey
     parts, text, code = planned(*args, "--gpu-memory", "80", *SERVED)
     assert code == 0, text
     assert "engine's weights" not in parts
-    assert "With data.lag 1 servers sample while it trains" in text
+    assert "With data.lag 1 or more servers sample while it trains" in text
 
 
 def test_what_a_lag_would_bring_is_told_by_hand_here(planned, tmp_path, monkeypatch):
@@ -87,7 +87,7 @@ def test_what_a_lag_would_bring_is_told_by_hand_here(planned, tmp_path, monkeypa
     _, text, _ = planned(*args)
     # 64 x 16 completions of 3,000 tokens on average. An embedding isn't multiplied with; 151,936 x 4,096.
     multiplied, tokens = parameters - 151_936 * 4096, 1024 * 3000
-    attention = 4000 / (6 * 4096)  # a token sees 4,000 on average, being of a long completion rather than of a short
+    attention = 2000 / (6 * 4096)  # a token is of a completion of 4,000 on average, and sees half of it
     flops = multiplied * tokens * (1 + attention) * (6 + 2 + 2 + 3 / 4 * 2)  # recomputed; the reference; 3 steps of 4
     # 36 layers with 8 heads of 128, keys and values of 2 bytes.
     weights, kv = 6000 * 2 * parameters, 1024 * 6000**2 / 6 * 2 * 36 * 8 * 128 * 2
@@ -103,7 +103,9 @@ def test_what_a_lag_would_bring_is_told_by_hand_here(planned, tmp_path, monkeypa
     _, text, code = planned(*args, *SERVED)
     assert code == 0, text
     enough = next(n for n in range(1, 100) if (weights + kv / n) / (0.6 * 3.35e12) <= training[7])
-    assert f"With data.lag 1 servers sample while it trains; to be done as soon, they need {enough} GPUs" in text
+    assert (
+        f"With data.lag 1 or more servers sample while it trains; to be done as soon, they need {enough} GPUs" in text
+    )
 
 
 def test_an_unsharded_reference_has_16_bit_layers_in_mixed_precision(planned, tmp_path):

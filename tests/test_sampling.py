@@ -1,15 +1,15 @@
 """Sampling with a scripted engine and real reward processes: requests, seeds, turns, refills."""
 
-import pickle
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from aspo_lightning.curriculum import PassRate, Shuffled
 from aspo_lightning.engines.base import Engine
-from aspo_lightning.errors import ConfigError, EngineError
+from aspo_lightning.errors import ConfigError, EngineError, RunError
 from aspo_lightning.evaluation.metrics import accuracy, measure
 from aspo_lightning.evaluation.results import FileJournal, read_known
 from aspo_lightning.rewards import RewardPool
@@ -348,13 +348,19 @@ def phases_of(engine, pool):
     return PhaseSampler(Sampler(engine, pool, Counting()), Shuffled(), [prompt(i, i + 1) for i in range(12)], settings)
 
 
-def test_phases_are_sampled_meanwhile_and_kept_as_they_were_in_plain_data(pool):
+def reloaded(state, folder):
+    """As a checkpoint gives it back, which takes tensors and plain data only."""
+    torch.save(state, folder / "state")
+    return torch.load(folder / "state", weights_only=True)
+
+
+def test_phases_are_sampled_meanwhile_and_kept_as_they_were(pool, tmp_path):
     now, meanwhile = phases_of(Script(), pool), phases_of(Slow(), pool)
     for epoch in (0, 1):
         now.sample(epoch, weights_epoch=0)
     meanwhile.sample_meanwhile([0, 1], weights_epoch=0)
     assert meanwhile.missing(range(3)) == [0, 1, 2]  # there is time to look
-    state = pickle.loads(pickle.dumps(meanwhile.state_dict()))  # waits for both
+    state = reloaded(meanwhile.state_dict(), tmp_path)  # waits for both
     assert meanwhile.missing(range(3)) == [2]
     resumed = phases_of(Script(), pool)
     resumed.load_state_dict(state)
@@ -365,10 +371,10 @@ def test_phases_are_sampled_meanwhile_and_kept_as_they_were_in_plain_data(pool):
         assert kept == found
         values = [[rollout.rewards for group in phase.groups for rollout in group.rollouts] for phase in (kept, found)]
         assert values[0] == values[1]  # which don't count in comparisons
-    assert all(type(value) in (int, dict, list) for phase in state for value in phase.values())
+    assert all(type(value) in (int, dict, list, torch.Tensor) for phase in state for value in phase.values())
     short = phases_of(Script(), pool)
     short.prompts = short.prompts[:1]
-    with pytest.raises(ConfigError, match=r"completions of the prompt 'p\d+' that have yet to be trained on"):
+    with pytest.raises(ConfigError, match=r"completions of the prompt 'p\d+' that have yet to be"):
         short.load_state_dict(state)
 
 
@@ -389,6 +395,8 @@ def test_what_is_sampled_meanwhile_is_given_up_at_the_next_completion(pool):
     phases.stop()
     given = engine.given
     assert given < 16
+    with pytest.raises(RunError, match="What was being sampled ahead was given up"):
+        phases.state_dict()
     assert phases.missing(range(3)) == [0, 1, 2]
     time.sleep(0.1)
     assert engine.given == given

@@ -106,9 +106,8 @@ class Planner:
     def fit(self, model: ASPOModule, datamodule: RolloutDataModule, **_: object) -> None:
         run = run_of(model, datamodule, self.settings, self.gpu_memory)
         check_shared_engines(run.engine, run.world_size)
-        text, fits = report(
-            run, plan_memory(run), [*epoch_lines(datamodule, run.world_size), *time_lines(run, datamodule.settings)]
-        )
+        times = time_lines(run, datamodule.settings, reference=model.kl_coef > 0)
+        text, fits = report(run, plan_memory(run), epoch_lines(datamodule, run.world_size) + times)
         print(text)
         if not fits:
             raise SystemExit(1)

@@ -1,5 +1,7 @@
 """One epoch, from the sync of the weights to scored micro-batches.
 
+With a lag, what is drawn and sampled is the phase of a later epoch, in a thread: see ahead.py.
+
 policy ── weights ──► engine                                    sync
                         │   ──► the probe: engine = trainer?    probe
 curriculum ── prompts ──┤                                       draw
@@ -74,7 +76,7 @@ class Policy(Scorer, Protocol):
 
 
 class Rollouts:
-    """Makes the phase of each epoch, on policy.
+    """Makes the phase of each epoch: on policy, or with ``data.lag`` sampled ahead of it.
 
     Args:
         phases: draws and samples, now or ahead, with the engine that takes over the weights.
@@ -102,9 +104,7 @@ class Rollouts:
             epoch: its number.
             end: the first epoch that no longer is one of the run; nothing is sampled for it.
         """
-        start = time.perf_counter()
         self.phases.wait()
-        wait_s = time.perf_counter() - start
         sync_s, probe = 0.0, None
         ahead = epoch + self.settings.lag + 1
         if missing := self.phases.missing(range(epoch, ahead if end is None else min(ahead, end))):
@@ -112,15 +112,15 @@ class Rollouts:
             probe = self.probe.sample(self.sampler.engine) if self.probe else None
         if epoch in missing:
             self.phases.sample(missing.pop(0), weights_epoch=epoch)
+            self.sampler.engine.sleep()
         if missing:
             self.phases.sample_meanwhile(missing, weights_epoch=epoch)
-        else:
-            self.sampler.engine.sleep()
         sampled = self.phases.take(epoch)
         phase = self.train_on(sampled.groups, policy, epoch, probe)
         phase.metrics.update(sampled.metrics, **{"time/sync_s": sync_s})
         if self.settings.lag:
-            phase.metrics.update({"rollout/lag": float(epoch - sampled.weights_epoch), "time/wait_s": wait_s})
+            lag = {"rollout/lag": float(epoch - sampled.weights_epoch), "time/wait_s": self.phases.waited_s()}
+            phase.metrics.update(lag)
         return phase
 
     def train_on(

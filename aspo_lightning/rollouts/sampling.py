@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aspo_lightning.collectives import gather
 from aspo_lightning.engines.base import Engine, SamplingRequest, generate
+from aspo_lightning.errors import RESUME, RunError
 from aspo_lightning.evaluation.metrics import repetition_rate
 from aspo_lightning.rewards import Call, Judgement, Result, RewardItem, RewardPool
 from aspo_lightning.rollouts.settings import Sampling
@@ -26,8 +27,11 @@ def sampling_seed(seed: int, epoch: int, prompt_id: str, sample: int, turn: int 
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
-class SamplingStopped(Exception):
+class SamplingStopped(RunError):
     """``Sampler.stop`` was called."""
+
+    def __init__(self) -> None:
+        super().__init__(f"What was being sampled ahead was given up. {RESUME}.")
 
 
 class Journal(Protocol):
@@ -203,7 +207,7 @@ class Sampler:
         with tqdm(total=len(requests), desc=job.description, leave=False, disable=job.no_bars) as bar:
             for index, completion in generate(self.engine, requests):
                 if self._stopped.is_set():
-                    raise SamplingStopped
+                    raise SamplingStopped()
                 episode = episodes[index]
                 episode.ids += completion.completion_ids
                 episode.logprobs += completion.generator_logprobs

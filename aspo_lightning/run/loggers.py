@@ -12,7 +12,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.identity import flat
 from aspo_lightning.run.folder import RunRecord
 from aspo_lightning.run.lightning import callback_of, phase_of
-from aspo_lightning.types import Phase, Rollout, RolloutGroup
+from aspo_lightning.types import Phase, Rollout, RolloutGroup, State
 
 SIGNS = ("positive", "negative")
 LAYOUT: dict[str, dict[str, list[str]]] = {
@@ -46,6 +46,11 @@ class LoggerSetup(Callback):
 
     def __init__(self) -> None:
         self.settings: dict[str, object] = {}
+        self.last: dict[str, float] = {}
+        """The last values of what is shown beside the settings, by tag."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.last = {}  # of another fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         record = callback_of(trainer, RunRecord)
@@ -59,15 +64,23 @@ class LoggerSetup(Callback):
             else:
                 logger.log_hyperparams(self.settings)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        results = {
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last |= {
             f"final/{tag}": float(value)
             for tag, value in trainer.callback_metrics.items()
             if tag in ("rollout/reward", "rollout/accuracy", "policy/entropy") or re.match("eval/.*/avg@", tag)
         }
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(self.settings, results, trainer.global_step)
+                logger.log_hyperparams(self.settings, self.last, trainer.global_step)
+
+    def state_dict(self) -> State:
+        return {"last": self.last}  # an epoch after a resume needn't measure all of them
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.last = dict(state_dict["last"])
 
 
 def _layout() -> dict[str, dict[str, list[str | list[str]]]]:
