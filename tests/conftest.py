@@ -19,6 +19,7 @@ SLOW = (
     "test_fsdp",
     "test_recipes_run",
     "test_servers",
+    "test_lag",
     "test_docs",
     "test_evaluation",
     "test_runs",

@@ -41,13 +41,13 @@ def made_by_old_weights(lag: int) -> dict:
     return {"engine": engine, "probe_factor": None}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+@pytest.fixture(scope="module", params=[1, 2])
 def ranks(request, tmp_path_factory) -> Iterator[Ranks]:
     with Ranks(request.param, tmp_path_factory.mktemp(f"ranks_{request.param}")) as ranks:
         yield ranks
 
 
-@pytest.mark.parametrize("lag", [1, 2])
+@pytest.mark.parametrize(("ranks", "lag"), [(1, 1), (2, 2)], indirect=["ranks"])
 def test_a_lag_is_what_a_plain_loop_with_old_weights_makes(tiny_model, ranks, server, lag):
     runs = {
         "plain": FaultyRuns(ranks, tiny_model, **made_by_old_weights(lag)),
@@ -139,6 +139,7 @@ def test_a_server_killed_at_a_random_moment_costs_a_run_with_a_lag_one_line_and_
             disturbed.resume(name, *address(other))
 
 
+@pytest.mark.parametrize("ranks", [1], indirect=True)
 def test_a_run_with_a_lag_ends_after_its_epoch_when_a_signal_comes_and_resumes(disturbed):
     assert disturbed.fit("term", part="update", kind="SIGTERM", epoch=2) == 128 + signal.SIGTERM
     assert sorted(path.name for path in (disturbed.folder / "term").iterdir()) == [f"epoch_{i}.json" for i in range(3)]
@@ -146,6 +147,7 @@ def test_a_run_with_a_lag_ends_after_its_epoch_when_a_signal_comes_and_resumes(d
     disturbed.resume("term")
 
 
+@pytest.mark.parametrize("ranks", [1], indirect=True)
 def test_what_a_longer_run_needs_is_sampled_when_it_is_resumed(disturbed):
     short = ["--trainer.max_epochs", "3"]
     assert disturbed.fit("longer", *short) == 0, disturbed.text("longer")[-3000:]
