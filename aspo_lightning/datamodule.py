@@ -220,16 +220,15 @@ class RolloutDataModule(LightningDataModule):
         self._started_for = None
 
     def state_dict(self) -> State:
-        assert self.rollouts is not None
-        ahead = self.rollouts.phases.state_dict()  # first: the curriculum may still learn from what is being sampled
+        # First: the curriculum may still learn from what is being sampled.
+        ahead = self.rollouts.phases.state_dict() if self.rollouts else []
         return {"curriculum": saved(self.curriculum), "ahead": ahead}
 
     def load_state_dict(self, state_dict: State) -> None:
         if self.train_task is None:
             return  # only evaluates
-        assert self.rollouts is not None
         resume(self.curriculum, state_dict["curriculum"])
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self.rollouts and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.rollouts.phases.load_state_dict(state_dict.get("ahead", []))
 
     def evaluate(self, name: str) -> Evaluation:

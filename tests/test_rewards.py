@@ -131,6 +131,7 @@ def test_processes_killed_from_outside_cost_nothing(patient, tmp_path):
     assert judged(pool, items(*["number"] * 6, scale=1)) == expected
     for worker in pool._workers:  # while they have nothing to do
         os.kill(worker._process.pid, signal.SIGKILL)
+        assert worker.connection.poll(20)  # gone; one that is still going would die in the middle of a later call
     assert judged(pool, items(*["number"] * 6, scale=1)) == expected
     # In the middle of a call: the first time it is made, it kills its own process.
     assert judged(pool, items("crash_once", "number", scale=1, file=str(tmp_path / "crashed"))) == expected[:2]
