@@ -2,10 +2,10 @@
 
     python scripts/compare_objectives.py [--seeds 0 1] [--epochs 15] [--only aspo grpo]
 
-Each overlay of configs/objectives/ on the quickstart, and ASPO as it is; `archer2` has three passes, so its minutes are
-others. A run that is finished is not repeated, and one that was cut off is resumed: all of them are in
-runs/objectives/NAME/seed_N, without their weights (4 GB) once they are finished. With two seeds a difference of some
-hundredths says nothing.
+ASPO as the quickstart has it, each overlay of configs/objectives/ and each class without one; `archer2` has three
+passes, so its minutes are others. A run that is finished is not repeated, and one that was cut off is resumed: all of
+them are in runs/objectives/NAME/seed_N, without their weights (4 GB) once they are finished. With two seeds a difference
+of some hundredths says nothing.
 """
 
 import argparse
@@ -22,7 +22,12 @@ from aspo_lightning.cli.report import read_run
 from aspo_lightning.run.folder import RunFolder
 
 RUNS = ROOT / "runs" / "objectives"
-OVERLAYS = {"aspo": None, **{path.stem: path for path in sorted((ROOT / "configs" / "objectives").glob("*.yaml"))}}
+CONFIGS = sorted((ROOT / "configs" / "objectives").glob("*.yaml"))
+WAYS: dict[str, list[str]] = {
+    "aspo": [],
+    **{path.stem: ["--config", str(path)] for path in CONFIGS},
+    **{name: ["--model.objective", name] for name in ("CISPO", "GSPO", "REINFORCE")},  # which have no overlay
+}
 LAST = 5  # epochs of which a curve's end is the mean
 COLUMNS = {
     "held-out avg@4": ("eval/chain_sum/avg@4", 1),
@@ -41,9 +46,8 @@ def train(name: str, seed: int, epochs: int) -> Path:
     run = root / "version_0"
     if run.exists() and len(read_run(run).get("rollout/accuracy", ())) >= epochs:
         return run
-    overlay = OVERLAYS[name]
     command = [ASPO, "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
-    command += ["--config", str(overlay)] if overlay else []
+    command += WAYS[name]
     command += ["--seed_everything", str(seed), "--trainer.max_epochs", str(epochs)]
     command += ["--trainer.check_val_every_n_epoch", str(epochs), "--trainer.default_root_dir", str(root)]
     if run.exists() and RunFolder(run).has_checkpoints():
@@ -66,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--only", nargs="+", choices=list(OVERLAYS), default=list(OVERLAYS))
+    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     options = parser.parse_args()
     found = {}
     for seed in options.seeds:
