@@ -4,8 +4,8 @@
 
 ASPO as the quickstart has it, each overlay of configs/objectives/ and each class without one; `archer2` has three
 passes, so its minutes are others. A run that is finished is not repeated, and one that was cut off is resumed: all of
-them are in runs/objectives/NAME/seed_N, without their weights (4 GB) once they are finished. With two seeds a difference
-of some hundredths says nothing.
+them are in runs/objectives/NAME/seed_N, without their weights (4 GB) once they are finished. With two seeds a
+difference of some hundredths says nothing.
 """
 
 import argparse
