@@ -1,12 +1,16 @@
 """Configs by name, and ``aspo configs``."""
 
+from dataclasses import asdict
+from inspect import isabstract
 from pathlib import Path
 
 import pytest
 import yaml
 
+from aspo_lightning import objectives
 from aspo_lightning.cli import configs
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.objectives import Objective
 from tests.support.commands import ROOT, aspo_here
 
 NAMES = {str(p.relative_to(ROOT / "configs"))[:-5] for p in (ROOT / "configs").rglob("*.yaml")}
@@ -97,3 +101,44 @@ def test_a_copy_overwrites_nothing(tmp_path):
     with pytest.raises(ConfigError, match="There is no file 'quikstart'"):
         configs.main(["quikstart", str(tmp_path / "other.yaml")])
     assert list(tmp_path.iterdir()) == [target]
+
+
+def resolved(monkeypatch, capsys, *args: str) -> dict:
+    """What `aspo fit --config quickstart` and these arguments come to."""
+    assert aspo_here(monkeypatch, "fit", "--config", "quickstart", *args, "--print_config") == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def concrete(base: type) -> list[type]:
+    """The classes below it in its own package."""
+    found = [c for child in base.__subclasses__() for c in [child, *concrete(child)]]
+    return sorted({c for c in found if not isabstract(c) and c.__module__.startswith("aspo_lightning")}, key=str)
+
+
+@pytest.mark.parametrize("objective", concrete(Objective), ids=lambda c: c.__name__)
+def test_an_objective_by_its_name_has_its_own_settings(objective, parsers, monkeypatch, capsys):
+    found = resolved(monkeypatch, capsys, "--model.objective", objective.__name__)["model"]["objective"]
+    assert found["class_path"].rpartition(".")[2] == objective.__name__
+    assert found["init_args"] == asdict(objective())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "objectives").iterdir()), ids=lambda p: p.stem)
+def test_an_overlay_has_its_objectives_own_settings_and_what_it_says(path, parsers, monkeypatch, capsys):
+    found = resolved(monkeypatch, capsys, "--config", str(path))["model"]["objective"]
+    said = yaml.safe_load(path.read_text())["model"]["objective"]
+    objective = getattr(objectives, said["class_path"])
+    assert found["class_path"].rpartition(".")[2] == said["class_path"]
+    assert found["init_args"] == asdict(objective()) | said.get("init_args", {})
+
+
+def test_any_class_in_anothers_place_has_its_own_defaults_and_what_the_user_has_set(
+    parsers, monkeypatch, capsys, tmp_path
+):
+    truncated = ["--data.mismatch", "TruncatedRatio", "--data.mismatch.level", "sequence"]
+    found = resolved(monkeypatch, capsys, *truncated, "--data.mismatch", "MaskedRatio")["data"]["mismatch"]
+    assert found["init_args"] == {"low": 0.5, "high": 2.0, "level": "sequence"}
+    # Also where all of a run's settings are written out, as in its config.yaml.
+    whole = tmp_path / "config.yaml"
+    whole.write_text(yaml.safe_dump(resolved(monkeypatch, capsys, "--model.objective.dual_clip", "2.5")))
+    found = resolved(monkeypatch, capsys, "--config", str(whole), "--model.objective", "DAPO")["model"]["objective"]
+    assert found["init_args"] == asdict(objectives.DAPO()) | {"dual_clip": 2.5}

@@ -4,11 +4,13 @@ import inspect
 from types import SimpleNamespace
 
 import torch
+from jsonargparse import _typehints
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from aspo_lightning.cli import parser
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.weights import add_lora
 from aspo_lightning.run.lightning import OVERRIDDEN
@@ -50,6 +52,12 @@ def test_lightning_installs_its_signal_handlers_where_we_keep_it_from_that():
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(accelerator="cpu", fast_dev_run=1, callbacks=[Look()], **off).fit(BoringModel())
     assert asked == ["before the first phase", "on_train_start"]
+
+
+def test_jsonargparse_still_asks_us_what_a_class_takes_over_from_another():
+    assert _typehints.discard_init_args_on_class_path_change is parser.discard_defaults
+    assert list(inspect.signature(parser.discard_unknown).parameters) == ["parser_or_action", "prev_val", "value"]
+    assert "discard_init_args_on_class_path_change" in _typehints.adapt_class_type.__code__.co_names
 
 
 def test_torch_transformers_and_peft_still_have_what_we_reach_for(tiny_model):

@@ -1,10 +1,12 @@
 """The parser of the command line and of YAML files."""
 
 import inspect
+import pydoc
 import re
+from collections.abc import MutableMapping
 from typing import NoReturn
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, _typehints, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.advantages import Advantage
@@ -16,6 +18,33 @@ from aspo_lightning.rollouts.corrections import Correction
 from aspo_lightning.tasks import Task
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is below it
+
+
+discard_unknown = _typehints.discard_init_args_on_class_path_change
+
+
+def discard_defaults(parser: object, before: MutableMapping, after: MutableMapping) -> None:
+    """Has a class that takes another's place start from its own defaults; what a user has set goes over to it.
+
+    In jsonargparse all settings that both classes have go over, those by default as well: DAPO or GSPO in the place of
+    ASPO would have ASPO's clip range.
+
+    Args:
+        parser: of the class, or what has one.
+        before: class_path and init_args of the class that was there.
+        after: of the one that takes its place.
+    """
+    if before and "init_args" in before and before["class_path"] != after["class_path"]:
+        there = pydoc.locate(before["class_path"])
+        parameters = inspect.signature(there).parameters if callable(there) else {}
+        settings = before["init_args"]
+        for key, value in list((vars(settings) if isinstance(settings, Namespace) else settings).items()):
+            if key in parameters and parameters[key].default == value:
+                settings.pop(key)
+    discard_unknown(parser, before, after)
+
+
+_typehints.discard_init_args_on_class_path_change = discard_defaults
 
 
 class Parser(LightningArgumentParser):
