@@ -114,12 +114,12 @@ class RolloutDataModule(LightningDataModule):
         if self.trainer is None:
             return
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        self._sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size)
         group = thread_group() if self.settings.lag and stage == "fit" else None
-        sampler = Sampler(self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size, process_group=group)
+        self._sampler = Sampler(
+            self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size, process_group=group
+        )
         self.rollouts = Rollouts(
-            PhaseSampler(sampler, self.curriculum, self.train_prompts, self.settings),
-            self.settings,
+            PhaseSampler(self._sampler, self.curriculum, self.train_prompts, self.settings),
             probe=self.probe,
             quadratic_cost=self._quadratic_cost,
         )

@@ -234,7 +234,7 @@ def data(prompts: int, group: int, length: int) -> None:
         max_completion_length=length,
         token_budget=length + 1024,
     )
-    rollouts = Rollouts(PhaseSampler(SimpleNamespace(rank=0, world_size=1), Shuffled(), [], settings), settings)
+    rollouts = Rollouts(PhaseSampler(SimpleNamespace(rank=0, world_size=1), Shuffled(), [], settings))
     start = time.perf_counter()
     phase = rollouts.train_on(groups, Zeros(), 0)
     took = time.perf_counter() - start

@@ -28,7 +28,7 @@ from pathlib import Path
 import httpx
 import yaml
 from lightning.pytorch import Callback
-from script_tools import ASPO, ROOT, environment, spread
+from script_tools import ASPO, ROOT, environment, same_phases, spread
 
 from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import Engine, SamplingRequest
@@ -91,6 +91,7 @@ class Simulated(Engine):
 
 def config(model: str, folder: Path, lag: int, engine: dict, phases: int, wait_s: float = 0.0, **data) -> dict:
     clock = {"class_path": "bench_overlap.Clock", "init_args": {"path": str(folder / "clock"), "seconds": wait_s}}
+    same = same_phases(model)
     return {
         "trainer": {
             "accelerator": "cpu",
@@ -100,20 +101,12 @@ def config(model: str, folder: Path, lag: int, engine: dict, phases: int, wait_s
             "callbacks": [clock],
         },
         "checkpoint": {"every_n_epochs": 0},
-        "model": {
-            "model_name_or_path": model,
-            "kl_coef": 0,
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
-        },
+        "model": same["model"],
         "data": {
-            "train": {
-                "class_path": "ReasoningGym",
-                "init_args": {"task": "chain_sum", "size": 1000, "config": {"min_terms": 2, "max_terms": 4}},
-            },
+            **same["data"],
             "engine": engine,
             "lag": lag,
             "optimizer_steps": 2,
-            "no_spread": "keep",
             "probe_factor": None,
             "max_prompt_length": 128,
             "reward_workers": 1,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 from lightning.pytorch import Callback
-from script_tools import ASPO, ROOT, environment, spread
+from script_tools import ASPO, ROOT, environment, same_phases, spread
 
 from aspo_lightning.cli.report import read_run
 
@@ -72,6 +72,7 @@ class Measure(Callback):
 
 
 def config(model: str, folder: Path, ranks: int, epochs: int) -> dict:
+    same = same_phases(model)
     return {
         "trainer": {
             "accelerator": "cpu",
@@ -83,22 +84,14 @@ def config(model: str, folder: Path, ranks: int, epochs: int) -> dict:
             "callbacks": [{"class_path": "bench_scaling.Measure", "init_args": {"folder": str(folder)}}],
         },
         "checkpoint": {"every_n_epochs": epochs},
-        "model": {
-            "model_name_or_path": model,
-            "kl_coef": 0,
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
-        },
+        "model": same["model"],
         "data": {
-            "train": {
-                "class_path": "ReasoningGym",
-                "init_args": {"task": "chain_sum", "size": 1000, "config": {"min_terms": 2, "max_terms": 4}},
-            },
+            **same["data"],
             # As many completions at a time on each rank, in both runs.
             "engine": {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.3, "max_num_seqs": 16}},
             "prompts_per_phase": 12,
             "group_size": 8,
             "optimizer_steps": 1,
-            "no_spread": "keep",
             "max_prompt_length": 128,
             "max_completion_length": 64,
             "token_budget": 512,

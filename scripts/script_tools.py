@@ -19,6 +19,19 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **variables}
 
 
+def same_phases(model: str) -> dict[str, dict]:
+    """Of a config whose every run samples and trains on the same completions: its weights never change."""
+    task = {"task": "chain_sum", "size": 1000, "config": {"min_terms": 2, "max_terms": 4}}
+    return {
+        "model": {
+            "model_name_or_path": model,
+            "kl_coef": 0,
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
+        },
+        "data": {"train": {"class_path": "ReasoningGym", "init_args": task}, "no_spread": "keep"},
+    }
+
+
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()

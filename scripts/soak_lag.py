@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
 import yaml
 from lightning.pytorch import Callback
 from script_tools import ASPO, ROOT
@@ -30,11 +29,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
 os.environ.update(VLLM_API_KEY="only-on-this-machine", OMP_NUM_THREADS="1")
 
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.run import checkpoints
-from aspo_lightning.run.tags import CLOCKED
 from tests.support.configs import tiny_config
-from tests.support.faulty_runs import state
+from tests.support.faulty_runs import check_same
 from tests.support.models import save_model, save_tokenizer
 from tests.support.processes import Group
 from tests.support.servers import Server, ready
@@ -160,24 +157,6 @@ class Soak:
         else:
             (self.folder / "full").touch()
 
-    def compare(self) -> None:
-        """Raises AssertionError unless both runs are the same."""
-        completions = [
-            {path.name: path.read_text() for path in (self.folder / name).iterdir()}
-            for name in ("undisturbed", "disturbed")
-        ]
-        assert completions[0] == completions[1]
-        assert len(completions[0]) == self.phases
-        before, after = (read_run(self.run(name)) for name in ("undisturbed", "disturbed"))
-        assert before.keys() == after.keys()
-        tags = [tag for tag in before if not tag.startswith(CLOCKED)]
-        assert all(before[tag] == after[tag] for tag in tags)
-        ours, theirs = (state(self.run(name) / "checkpoints" / "last.ckpt") for name in ("undisturbed", "disturbed"))
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            assert torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key], key
-        print(f"the same: completions of {self.phases} phases, {len(tags)} curves, {len(ours)} values of the end")
-
 
 def reward_processes(pid: int) -> list[int]:
     """The processes of the pool of a trainer."""
@@ -197,7 +176,9 @@ def main() -> None:
     soak.undisturbed()
     struck = soak.disturbed(options.seed)
     print(f"{struck.total()} faults: {', '.join(f'{count} x {fault}' for fault, count in struck.items())}")
-    soak.compare()
+    names = ("undisturbed", "disturbed")
+    check_same([soak.run(name) for name in names], [soak.folder / name for name in names], soak.phases)
+    print(f"the same: completions of {soak.phases} phases, curves, weights and optimizer")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.rollouts.shaping import is_informative
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup, State
 
+_BY_TOKEN = ("completion_ids", "generator_logprobs", "sampled")
+_PLAIN = [field.name for field in fields(Rollout) if field.name not in _BY_TOKEN]  # the other fields
+
 
 @dataclass(frozen=True)
 class SampledPhase:
@@ -183,10 +186,6 @@ def _packed(phase: SampledPhase) -> State:
         "lengths": [len(rollout.completion_ids) for rollout in rollouts],
         "rollouts": [{name: getattr(rollout, name) for name in _PLAIN} for rollout in rollouts],
     }
-
-
-_BY_TOKEN = ("completion_ids", "generator_logprobs", "sampled")
-_PLAIN = [field.name for field in fields(Rollout) if field.name not in _BY_TOKEN]
 
 
 def _unpacked(state: State, prompts: Mapping[str, Prompt]) -> SampledPhase:

@@ -33,7 +33,6 @@ from aspo_lightning.rollouts.ahead import PhaseSampler
 from aspo_lightning.rollouts.corrections import Bypass, correct
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.packing import pack, plan_phase
-from aspo_lightning.rollouts.settings import RolloutSettings
 from aspo_lightning.rollouts.shaping import is_informative, rollout_metrics, trained_sequences
 from aspo_lightning.types import MicroBatch, Phase, RolloutGroup
 
@@ -80,7 +79,6 @@ class Rollouts:
 
     Args:
         phases: draws and samples, now or ahead, with the engine that takes over the weights.
-        settings: ``data.*``.
         probe: compares engine and trainer after each sync. None: nothing does.
         quadratic_cost: of attention, see ``packing.plan_phase``.
     """
@@ -88,13 +86,12 @@ class Rollouts:
     def __init__(
         self,
         phases: PhaseSampler,
-        settings: RolloutSettings,
         *,
         probe: Probe | None = None,
         quadratic_cost: float = 0.0,
     ) -> None:
-        self.phases, self.settings, self.probe, self.quadratic_cost = phases, settings, probe, quadratic_cost
-        self.sampler = phases.sampler
+        self.phases, self.probe, self.quadratic_cost = phases, probe, quadratic_cost
+        self.sampler, self.settings = phases.sampler, phases.settings
 
     def phase(self, policy: Policy, epoch: int, *, end: int | None = None) -> Phase:
         """One epoch: all its groups, and what this rank trains on. Collective.

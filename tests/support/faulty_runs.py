@@ -1,6 +1,7 @@
 """Runs that are disturbed by the faults of faults.py, and whether they end as one that was not."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,23 +57,31 @@ class FaultyRuns:
 
     def check_whole(self, name: str) -> None:
         """Asserts that a run ended as one that was never disturbed: weights, optimizer, completions, curves."""
-        folders = [self.folder / n for n in ("undisturbed", name)]
+        names = ("undisturbed", name)
         assert [p.name for p in self.run(name).parent.iterdir()] == ["version_0"]
-        ours, theirs = ({p.name: p.read_text() for p in folder.iterdir()} for folder in folders)
-        assert ours == theirs
-        assert len(ours) == EPOCHS
-        before, after = (read_run(self.run(n)) for n in ("undisturbed", name))
-        assert before.keys() == after.keys()
-        assert [value for _, value in after["late"]] == list(range(EPOCHS))  # each epoch once
-        for tag in before:
-            if not tag.startswith(CLOCKED):
-                assert before[tag] == after[tag], tag
-        ours, theirs = (state(self.run(n) / "checkpoints" / "last.ckpt") for n in ("undisturbed", name))
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key], key
+        check_same([self.run(n) for n in names], [self.folder / n for n in names], EPOCHS)
+        assert [value for _, value in read_run(self.run(name))["late"]] == list(range(EPOCHS))  # each epoch once
         leftovers = [p.name for p in (self.run(name) / "checkpoints").iterdir() if p.name.endswith(".tmp")]
         assert leftovers == []
+
+
+def check_same(runs: Sequence[Path], completions: Sequence[Path], epochs: int) -> None:
+    """Asserts that two runs had the same completions, curves but for the clock's, weights and optimizer.
+
+    ``completions`` are the folders of ``faults.Completions``.
+    """
+    ours, theirs = ({p.name: p.read_text() for p in folder.iterdir()} for folder in completions)
+    assert ours == theirs
+    assert len(ours) == epochs
+    before, after = map(read_run, runs)
+    assert before.keys() == after.keys()
+    for tag in before:
+        if not tag.startswith(CLOCKED):
+            assert before[tag] == after[tag], tag
+    ours, theirs = (state(run / "checkpoints" / "last.ckpt") for run in runs)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key], key
 
 
 def state(checkpoint: Path) -> dict:

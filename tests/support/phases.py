@@ -31,5 +31,5 @@ def build_phase(
         **settings,
     )
     sampler = SimpleNamespace(rank=rank, world_size=world_size)
-    rollouts = Rollouts(PhaseSampler(sampler, Shuffled(), [], settings), settings, quadratic_cost=quadratic_cost)
+    rollouts = Rollouts(PhaseSampler(sampler, Shuffled(), [], settings), quadratic_cost=quadratic_cost)
     return rollouts.train_on(groups, scorer, epoch)
