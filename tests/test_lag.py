@@ -47,11 +47,19 @@ def ranks(request, tmp_path_factory) -> Iterator[Ranks]:
         yield ranks
 
 
+class Moving(FaultyRuns):
+    """Runs whose weights move so far in an epoch that those of another one sample other completions."""
+
+    def __init__(self, ranks: Ranks, model: str, **data) -> None:
+        super().__init__(ranks, model, **data)
+        self.config["model"]["optimizer"]["init_args"]["lr"] = 1e-2
+
+
 @pytest.mark.parametrize(("ranks", "lag"), [(1, 1), (2, 2)], indirect=["ranks"])
 def test_a_lag_is_what_a_plain_loop_with_old_weights_makes(tiny_model, ranks, server, lag):
     runs = {
-        "plain": FaultyRuns(ranks, tiny_model, **made_by_old_weights(lag)),
-        "ahead": FaultyRuns(ranks, tiny_model, engine=served(server), lag=lag),
+        "plain": Moving(ranks, tiny_model, **made_by_old_weights(lag)),
+        "ahead": Moving(ranks, tiny_model, engine=served(server), lag=lag),
     }
     for name, run in runs.items():
         run.config["trainer"]["limit_val_batches"] = 0  # it syncs, which the plain engine would count
@@ -66,12 +74,12 @@ def test_a_lag_is_what_a_plain_loop_with_old_weights_makes(tiny_model, ranks, se
     assert all(torch.equal(found[key], expected[key]) for key in tensors)
     curves = read_run(runs["ahead"].run(f"ahead_{lag}"))
     assert [value for _, value in curves["rollout/lag"]] == [min(epoch, lag) for epoch in range(EPOCHS)]
-    # Not as if there were no lag.
-    assert max(value for _, value in curves["mismatch/logprob_abs_mean"][:1]) < 1e-4
-    assert min(value for _, value in curves["mismatch/logprob_abs_mean"][1:]) > 1e-3
+    # Not as if there were no lag: other weights would have sampled other tokens.
+    assert curves["mismatch/logprob_abs_mean"][0][1] < 1e-4
+    assert min(value for _, value in curves["mismatch/logprob_abs_mean"][1:]) > 0.1
 
 
-class Disturbed(FaultyRuns):
+class Disturbed(Moving):
     """Runs with a lag of one epoch, and evaluations between them."""
 
     def __init__(self, ranks: Ranks, model: str, server: Server) -> None:
