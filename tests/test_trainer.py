@@ -1,6 +1,7 @@
 """The modules from plain Python, under Trainers of all kinds: what is refused, what is waited for."""
 
 import json
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -431,3 +432,42 @@ def test_corrections_of_a_mismatch_need_the_log_probs_of_all_tokens(parts):
     _, data = parts(top_p=0.7, eval_top_p=0.9)
     assert data.settings.top_p == 0.7
     assert data.evaluations["sums"].top_p == 0.9
+
+
+class Elsewhere(TransformersEngine):
+    """Samples in the process, and takes its time; notes when it samples and when it gets weights."""
+
+    apart = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def generate(self, requests):
+        self.notes.append("begins")
+        for found in super().generate(requests):
+            time.sleep(0.05)
+            yield found
+        self.notes.append("ends")
+
+    def sync_weights(self, named_tensors):
+        super().sync_weights(named_tensors)
+        self.notes.append("weights")
+
+
+def test_an_engine_that_samples_ahead_gets_no_weights_meanwhile(parts, tmp_path):
+    """Neither for an evaluation, after each epoch here, nor for the next phase; and a checkpoint waits as well."""
+
+    class Saved(ModelCheckpoint):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            engine.notes.append("saved")
+
+    module, data = parts(engine=(engine := Elsewhere()), lag=1, probe_factor=None)
+    trainer(Saved(tmp_path), max_epochs=3, limit_val_batches=1).fit(module, data)
+    data.close()
+    phases = ["begins", "ends"]
+    first = ["weights", *phases, "begins"]  # the phase of epoch 0, and that of epoch 1 while 0 trains
+    evaluation = ["weights", *phases]
+    after = ["ends", *evaluation, "saved"]
+    assert engine.notes == [*first, *after, "weights", "begins", *after, *evaluation, "saved"]
