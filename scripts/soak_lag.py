@@ -84,6 +84,8 @@ class Soak:
         config = tiny_config(self.model, self.folder, engine=engine, lag=1, curriculum={"class_path": "PassRate"})
         config["trainer"].update(max_epochs=self.phases, check_val_every_n_epoch=20)
         config["trainer"]["default_root_dir"] = str(self.folder / f"run_{name}")
+        # So far that the weights of another epoch would sample other completions, and not so far that nothing is left.
+        config["model"]["optimizer"]["init_args"]["lr"] = 3e-3
         struck = {"flag": str(self.folder / "full"), "levels": str(self.folder / f"{name}_levels.jsonl")}
         config["trainer"]["callbacks"] = [
             {"class_path": "tests.support.faults.Completions", "init_args": {"folder": str(self.folder / name)}},
