@@ -30,8 +30,8 @@ import yaml
 from lightning.pytorch import Callback
 from script_tools import ASPO, ROOT, environment, same_phases, spread
 
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import Engine, SamplingRequest
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.types import Completion
 
 PORT = 8099

@@ -22,7 +22,7 @@ import yaml
 from lightning.pytorch import Callback
 from script_tools import ASPO, ROOT, environment, same_phases, spread
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 
 PARTS = ("generate", "score", "update")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from lightning.pytorch import Callback
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.memory import peak_memory
 
 ROOT = Path(__file__).parent.parent

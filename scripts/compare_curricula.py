@@ -13,7 +13,7 @@ import subprocess
 
 from script_tools import ASPO, ROOT
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 
 THRESHOLD, TAG = 0.5, "eval/chain_sum/avg@4"
 

@@ -2,10 +2,10 @@
 
     python scripts/compare_objectives.py [--seeds 0 1] [--epochs 15] [--only aspo grpo]
 
-ASPO as the quickstart has it, each overlay of configs/objectives/ and each class without one; `archer2` has three
-passes, so its minutes are others. A run that is finished is not repeated, and one that was cut off is resumed: all of
-them are in runs/objectives/NAME/seed_N, without their weights (4 GB) once they are finished. With two seeds a
-difference of some hundredths says nothing.
+In bfloat16, as scripts/quickstart.sh trains where the processor has it. ASPO as the quickstart has it, each overlay of
+configs/objectives/ and each class without one; `archer2` has three passes, so its minutes are others. A run that is
+finished is not repeated, and one that was cut off is resumed: all of them are in runs/objectives/NAME/seed_N, without
+their weights (4 GB) once they are finished. With two seeds a difference of some hundredths says nothing.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from script_tools import ASPO, ROOT
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.folder import RunFolder
 
 RUNS = ROOT / "runs" / "objectives"
@@ -47,6 +47,7 @@ def train(name: str, seed: int, epochs: int) -> Path:
     if run.exists() and len(read_run(run).get("rollout/accuracy", ())) >= epochs:
         return run
     command = [ASPO, "fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
+    command += ["--config", str(ROOT / "configs" / "precision" / "bfloat16.yaml")]  # as scripts/quickstart.sh
     command += WAYS[name]
     command += ["--seed_everything", str(seed), "--trainer.max_epochs", str(epochs)]
     command += ["--trainer.check_val_every_n_epoch", str(epochs), "--trainer.default_root_dir", str(root)]

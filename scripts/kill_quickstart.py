@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback
 from script_tools import ASPO, ROOT, environment
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.tags import CLOCKED
 
 EPOCHS, KILLED_IN = 5, 3

@@ -13,9 +13,9 @@ import yaml
 
 from aspo_lightning.cli.main import main
 from aspo_lightning.cli.ranks import MAIN_PROCESS, die_with_main_process
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.objectives import Objective
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.tags import EVALUATION, TAGS, table
 from tests.support.commands import ROOT, aspo, aspo_forked, aspo_here
 from tests.support.configs import tiny_config, write_config

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, TransformersEngine, VLLMEngine
 from aspo_lightning.engines.base import Adapters
 from aspo_lightning.engines.vllm_args import adapter_args
@@ -15,6 +14,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import adapter_tensors, full_weights
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.rollout_files import read_rollouts, rollout_files
 from aspo_lightning.types import MicroBatch
 from tests.support.commands import aspo_forked

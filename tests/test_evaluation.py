@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aspo_lightning.cli.export import load_policy
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.evaluation.metrics import measure
 from aspo_lightning.evaluation.results import COMPLETIONS, RESULT, TABLE, FileJournal, Results, check_folder, read_known
 from aspo_lightning.identity import weights_digest
 from aspo_lightning.policy.weights import full_weights
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
 from tests.support.commands import aspo, aspo_forked, aspo_here
 from tests.support.configs import tiny_config, write_config

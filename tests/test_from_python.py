@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.rollout_files import read_rollouts, rollout_files
 from tests.support.commands import ROOT
 from tests.support.models import save_model, save_tokenizer

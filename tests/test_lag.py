@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.engines import TransformersEngine
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run.curves import read_run
 from tests.support.faulty_runs import EPOCHS, FaultyRuns, state
 from tests.support.processes import eventually
 from tests.support.ranks import Ranks

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aspo_lightning.cli.fit import RUN
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.rollout_files import rollout_files
 from aspo_lightning.run.tags import CLOCKED
 from tests.support.faulty_runs import FaultyRuns, state

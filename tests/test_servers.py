@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from transformers import GenerationConfig
 
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers, transfer
 from aspo_lightning.engines.access import RequireToken
 from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
 from aspo_lightning.errors import ConfigError, RunError
+from aspo_lightning.run.curves import read_run
 from tests.support.commands import ASPO, ROOT, aspo, aspo_here
 from tests.support.models import save_model, save_tokenizer
 from tests.support.processes import Group, free_port

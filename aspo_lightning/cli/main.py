@@ -17,14 +17,14 @@ HARMLESS_WARNINGS = [
 
 MODEL = "--model.model_name_or_path"  # what a user means by --model, which LightningCLI takes for a config file
 
-TOOLS = ("configs", "export", "report", "view")
+TOOLS = ("configs", "export", "report", "study", "view")
 """Commands in modules of their names, which import no more than each of them needs."""
 
 
 OTHERS = (
     "Besides these: aspo plan takes what fit takes, and says what memory that needs; aspo configs lists the configs "
     "that come along, prints or copies one; aspo view writes runs as a page; aspo report compares runs and evaluations "
-    "in figures and tables; aspo export makes a Hugging Face folder of a run."
+    "in figures and tables; aspo study makes the runs of a study; aspo export makes a Hugging Face folder of a run."
 )
 
 

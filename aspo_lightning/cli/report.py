@@ -1,8 +1,9 @@
-"""``aspo report RUN_DIR... | RESULT...``: runs as curves, or evaluations side by side: a figure and a table."""
+"""``aspo report RUN_DIR... | RESULT... | STUDY``: runs, evaluations side by side, or a study: a figure and a table."""
 
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from aspo_lightning.evaluation import paper
 from aspo_lightning.evaluation.metrics import interval, scores
 from aspo_lightning.evaluation.results import RESULT, Interval, Result, show
 from aspo_lightning.identity import flat
+from aspo_lightning.run.curves import Curves, by_epoch, read_run
+from aspo_lightning.study import against
+from aspo_lightning.study import report as study_report
+from aspo_lightning.study.folder import StudyResults
+from aspo_lightning.study.table import results as without_clocks
 
 PANELS = [
     ("rollout/accuracy", "accuracy of the rollouts"),
@@ -19,27 +25,13 @@ PANELS = [
     ("policy/clip_fraction_negative", "clip fraction, A < 0"),
 ]
 
+DIFFERENT = 3
+"""The exit status where runs aren't like the reference; 1 and 2 are errors."""
+
 EDGE = 5  # epochs that the table averages at either end
 
-Curves = dict[str, list[tuple[int, float]]]
 
-
-def read_run(folder: Path) -> Curves:
-    """(step, value) by TensorBoard tag.
-
-    Raises:
-        ConfigError: if the folder holds no run.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not list(folder.glob("events.out.tfevents.*")):
-        raise ConfigError(f"{folder} holds no TensorBoard events. Give a run's folder, like runs/quickstart/version_0.")
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def table(runs: dict[str, Curves]) -> str:
+def table(runs: Mapping[str, Curves]) -> str:
     """Markdown: accuracy of the first and last epochs, and each benchmark before and after."""
     benchmarks = sorted({tag for curves in runs.values() for tag in curves if tag.startswith("eval/")})
     names = [f"accuracy, first {EDGE} → last {EDGE} epochs", *(b.removeprefix("eval/") for b in benchmarks)]
@@ -61,7 +53,7 @@ def change(before: Sequence[float], after: Sequence[float]) -> str:
     return f"{first:.2f} → {last:.2f} ({last - first:+.2f})"
 
 
-def figure(runs: dict[str, Curves], path: Path) -> None:
+def figure(runs: Mapping[str, Curves], path: Path) -> None:
     """Writes the panels as a picture."""
     import matplotlib
 
@@ -185,13 +177,44 @@ def intervals_figure(results: Mapping[str, Result], path: Path) -> None:
     pyplot.close(drawing)
 
 
+def hold_against(folders: Sequence[Path], results: StudyResults, arm: str | None) -> None:
+    """Prints the verdict, and exits with ``DIFFERENT`` if that is what the runs are."""
+    if not results.exists:
+        raise ConfigError(
+            f"--against is {results.path}, which holds no study.yaml and curves.csv. Give a study's results."
+        )
+    name, reference = results.arm(arm)
+    new = [without_clocks(by_epoch(read_run(folder))) for folder in folders]
+    verdict = against.against(reference, new)
+    print(against.describe(verdict, f"{results.path}, {name}", len(reference), len(new)))
+    if not verdict.same:
+        sys.exit(DIFFERENT)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="aspo report", description=__doc__)
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="RUN_DIR | RESULT", help="runs/quickstart/version_0, or results/MODEL"
     )
     parser.add_argument("--figure", type=Path, default=Path("report.png"), help="where the figure goes (%(default)s)")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="a study's results: says whether the runs are like those, and exits with 3 if they aren't",
+    )
+    parser.add_argument("--arm", help="which of the study's arms they are held against, if it has several")
     options = parser.parse_args(arguments)
+    if options.against is not None:
+        hold_against(options.sources, StudyResults(options.against), options.arm)
+        return
+    if options.arm is not None:
+        raise ConfigError("--arm is of --against, which wasn't given.")
+    if len(options.sources) == 1 and (kept := StudyResults(options.sources[0])).exists:
+        study, found = kept.study(), kept.table()
+        study_report.figure(study, found, options.figure)
+        print(f"{study_report.markdown(study, found)}\n\nFigure: {options.figure}")
+        return
     evaluations = [p for p in options.sources if p.suffix == ".json" or (p / "settings.json").is_file()]
     if evaluations and len(evaluations) < len(options.sources):
         other = next(p for p in options.sources if p not in evaluations)

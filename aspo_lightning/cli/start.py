@@ -44,3 +44,7 @@ def _loads(name: str) -> bool:
     except Exception:  # an operator's RuntimeError, a library's OSError, an ImportError: what it meets first
         return False
     return True
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.errors import ConfigError, RunError
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.disk import check_writable, write_text
 from aspo_lightning.view.page import render
 from aspo_lightning.view.runs import read

@@ -1,7 +1,6 @@
 """Runs as the page holds them: their curves by epoch, and the completions of the epochs that were kept."""
 
-import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -9,14 +8,12 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run.curves import Curves, epoch_of_step
 from aspo_lightning.run.folder import RunFolder, is_run
 from aspo_lightning.run.rollout_files import rollout_files
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.view.completions import number_or_none, read_epoch, visible
 from aspo_lightning.view.weights import COMPARED, objectives
-
-Curves = Mapping[str, Sequence[tuple[int, float]]]
-"""(optimizer step, value) by TensorBoard tag."""
 
 
 class Panel(NamedTuple):
@@ -122,13 +119,10 @@ def read(folder: Path, name: str, curves: Curves, limit: int) -> Run:
 
 def by_epoch(curves: Curves) -> dict[str, list[Point]]:
     """The curves of the panels, by epoch. Of a step that was logged again, after a resume, the last value counts."""
-    began = dict(sorted(curves.get("epoch", [])))
-    steps = list(began)
-
-    def epoch_of(step: int) -> int:
-        return int(began[steps[max(0, bisect.bisect_right(steps, step) - 1)]])
-
-    tags = [tag for panel in panels([curves]) for tag in panel.series] if steps else []
+    if "epoch" not in curves:
+        return {}
+    epoch_of = epoch_of_step(curves)
+    tags = [tag for panel in panels([curves]) for tag in panel.series]
     return {
         tag: [Point(epoch_of(step), step, number_or_none(value)) for step, value in sorted(dict(curves[tag]).items())]
         for tag in tags

@@ -11,7 +11,7 @@ pytest.importorskip("jsonargparse", reason="the package isn't installed with wha
 
 from transformers import Qwen2ForCausalLM
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 from tests.support import peak_recorder
 from tests.support.commands import aspo
 from tests.support.configs import tiny_config, write_config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from aspo_lightning.cli.report import read_run
+from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.tags import CLOCKED
 from tests.support.configs import tiny_config, write_config
 from tests.support.ranks import Ranks

@@ -16,9 +16,9 @@ pytest.importorskip("jsonargparse", reason="the package isn't installed with wha
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from aspo_lightning.cli.report import read_run
 from aspo_lightning.engines import SamplingRequest, VLLMServers
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run.curves import read_run
 from tests.gpu.test_runs import config, planned
 from tests.support import peak_recorder
 from tests.support.commands import ASPO

@@ -1,0 +1,39 @@
+"""``aspo study STUDY``: makes the runs of a study, several at a time, and reports what they show."""
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.shipped import find_config
+from aspo_lightning.study.cells import CellFolder, fit_all
+from aspo_lightning.study.folder import StudyResults
+from aspo_lightning.study.report import markdown
+from aspo_lightning.study.study import read_study
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="aspo study",
+        description=f"{__doc__} A run that was cut off is resumed, one that is finished is not made again.",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a study's YAML file, or the name of one that is shipped")
+    parser.add_argument("--folder", type=Path, help="where its runs go (runs/studies/NAME)")
+    parser.add_argument("--jobs", type=int, help="how many runs at a time (as many as the processor has threads for)")
+    options = parser.parse_args(arguments)
+    source = Path(find_config(options.study))
+    study = read_study(source)
+    folder = options.folder or Path("runs") / "studies" / source.stem
+    jobs = max(1, (os.cpu_count() or 1) // study.threads) if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
+    cells = [CellFolder(study, folder, cell) for cell in study.cells]
+    for cell in cells:
+        cell.check()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with it, and can be resumed
+    fit_all(cells, jobs)
+    results = StudyResults(folder / "results")
+    results.write(source, study, cells)
+    print(f"{markdown(study, results.table())}\n\nTable, figure and origin: {results.path}")

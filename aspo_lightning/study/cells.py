@@ -1,0 +1,136 @@
+"""Makes the runs of a study: several at a time, each resumed where it was cut off, and made once only."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import yaml
+from tqdm.auto import tqdm
+
+from aspo_lightning.errors import ConfigError, RunError
+from aspo_lightning.run.curves import by_epoch, read_run
+from aspo_lightning.run.disk import write_text
+from aspo_lightning.run.folder import RunFolder, last_run
+from aspo_lightning.shipped import find_config
+from aspo_lightning.study.study import Cell, Study
+from aspo_lightning.study.table import RunCurves, read_table, results, to_csv
+
+ASPO = [sys.executable, "-m", "aspo_lightning.cli.start"]
+
+
+class CellFolder:
+    """What a study keeps of a cell: its run, ``log.txt``, ``asked.json``, and ``curves.csv`` once it is finished."""
+
+    def __init__(self, study: Study, folder: Path, cell: Cell) -> None:
+        self.cell = cell
+        self.path = folder / cell.arm / f"seed_{cell.seed}"
+        self.log = self.path / "log.txt"
+        self._curves = self.path / "curves.csv"
+        self._asked = self.path / "asked.json"
+        self.arguments = [*study.arguments, *study.arms[cell.arm], "--seed_everything", str(cell.seed)]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(study.threads)}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._curves.exists()
+
+    @property
+    def curves(self) -> RunCurves:
+        """Those of the finished run."""
+        return read_table(self._curves)[self.cell.arm][self.cell.seed]
+
+    @property
+    def run(self) -> RunFolder:
+        """Its run with the most in it.
+
+        Raises:
+            ConfigError: if it has no checkpoint yet.
+        """
+        return last_run(self.path)
+
+    def check(self) -> None:
+        """Raises ConfigError if the cell was begun with other settings."""
+        asked = json.dumps(self._settings(), indent=1, default=str) + "\n"
+        if not self._asked.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self._asked, asked)
+        elif self._asked.read_text() != asked:
+            raise ConfigError(
+                f"{self.path} was begun with other settings than the study has now ({self._asked.name} has them). Give "
+                "the study another folder with --folder, or put its settings back."
+            )
+
+    def _settings(self) -> dict[str, object]:
+        """What decides the cell's numbers: its arguments, and what is in the configs that they name."""
+        pairs = zip(self.arguments, self.arguments[1:], strict=False)
+        files = [Path(find_config(value)) for key, value in pairs if key == "--config"]
+        return {
+            "arguments": self.arguments,
+            "threads": self.environment["OMP_NUM_THREADS"],
+            "configs": [yaml.safe_load(file.read_text()) for file in files],
+        }
+
+    def fit(self) -> None:
+        """Trains to the end, and writes the curves.
+
+        Raises:
+            RunError: if the run fails.
+        """
+        command = [*ASPO, "fit", *self.arguments, "--trainer.default_root_dir", str(self.path)]
+        with contextlib.suppress(ConfigError):  # there is none: from the start
+            command += ["--ckpt_path", str(self.run.path)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+            status = self._process.wait()
+        if status:
+            raise RunError(f"{self.cell.arm}, seed {self.cell.seed}: `aspo fit` failed ({status}); see {self.log}.")
+        curves = results(by_epoch(read_run(self.run.path)))
+        write_text(self._curves, to_csv({self.cell.arm: {self.cell.seed: curves}}))
+
+    def end(self) -> None:
+        """Ends the run, if it is going on; it can be resumed."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+
+def fit_all(cells: Sequence[CellFolder], jobs: int) -> None:
+    """Trains what isn't finished, so many at a time. Cells that fail don't keep others from being made.
+
+    Raises:
+        RunError: if some failed.
+    """
+    failed: list[RunError] = []
+    missing = [cell for cell in cells if not cell.finished]
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        runs = [pool.submit(cell.fit) for cell in missing]
+        for run in progress(runs, len(cells) - len(missing), len(cells)):
+            error = run.exception()
+            if isinstance(error, RunError):
+                failed.append(error)
+                tqdm.write(str(error), file=sys.stderr)
+            elif error is not None:
+                raise error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for cell in missing:
+            cell.end()
+    if failed:
+        raise RunError(f"{len(failed)} of {len(cells)} runs failed: {failed[0]} The same command goes on from here.")
+
+
+def progress(runs: Sequence[Future[None]], done: int, all: int) -> Iterable[Future[None]]:
+    """The runs as they finish, with a bar that says how long the others will take."""
+    with tqdm(total=all, initial=done, desc="Runs", unit="run", smoothing=0) as bar:
+        for run in as_completed(runs):
+            yield run
+            bar.update()

@@ -1,0 +1,81 @@
+"""What a study leaves to keep: its question, its table and where its numbers come from, in small files."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from aspo_lightning.errors import ConfigError
+from aspo_lightning.run.disk import file_digest, write_text
+from aspo_lightning.run.provenance import processor
+from aspo_lightning.study.cells import CellFolder
+from aspo_lightning.study.report import figure, markdown
+from aspo_lightning.study.study import Study, read_study
+from aspo_lightning.study.table import Table, read_table, to_csv
+
+
+class StudyResults:
+    """A folder with ``study.yaml``, ``curves.csv``, ``report.md``, ``figure.png``, ``origin.json`` and ``configs/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._study = path / "study.yaml"
+        self._curves = path / "curves.csv"
+
+    @property
+    def exists(self) -> bool:
+        return self._study.is_file() and self._curves.is_file()
+
+    def study(self) -> Study:
+        return read_study(self._study)
+
+    def table(self) -> Table:
+        return read_table(self._curves)
+
+    def write(self, source: Path, study: Study, cells: Sequence[CellFolder]) -> None:
+        """Writes it all from finished cells; ``source`` is the study's file."""
+        (self.path / "configs").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, self._study)
+        table: Table = {}
+        for cell in cells:
+            table.setdefault(cell.cell.arm, {})[cell.cell.seed] = cell.curves
+        write_text(self._curves, to_csv(table))
+        origins: dict[str, object] = {}
+        for cell in cells:
+            if cell.cell.seed == study.seeds[0]:
+                config = cell.run.config() or {}
+                write_text(self.path / "configs" / f"{cell.cell.arm}.yaml", yaml.safe_dump(config, sort_keys=False))
+                origins[cell.cell.arm] = _origin(cell, config)
+        write_text(self.path / "origin.json", json.dumps(origins, indent=1) + "\n")
+        write_text(self.path / "report.md", markdown(study, table) + "\n")
+        figure(study, table, self.path / "figure.png")
+
+    def arm(self, name: str | None) -> tuple[str, Sequence[Mapping[str, Mapping[int, float]]]]:
+        """An arm and its runs. None: the only one.
+
+        Raises:
+            ConfigError: if it isn't there, or several are.
+        """
+        table = self.table()
+        if name is None and len(table) > 1:
+            raise ConfigError(f"{self.path} has the arms {', '.join(table)}. Choose one with --arm.")
+        arm = next(iter(table)) if name is None else name
+        if arm not in table:
+            raise ConfigError(f"{self.path} has no arm {arm!r}. It has {', '.join(table)}.")
+        return arm, list(table[arm].values())
+
+
+def _origin(cell: CellFolder, config: Mapping[str, object]) -> dict[str, object]:
+    """Versions, the processor, and digests of the weights that the run began with, where they are files."""
+    origin = cell.run.origin()
+    model = config.get("model")
+    name = model.get("model_name_or_path", "") if isinstance(model, Mapping) else ""
+    files = sorted(Path(name).expanduser().glob("*.safetensors"))
+    return {
+        "versions": origin.get("versions"),
+        "aspo_lightning": origin.get("aspo_lightning"),
+        "processor": processor(),
+        "weights": {file.name: file_digest(file) for file in files},
+    }

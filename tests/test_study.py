@@ -1,0 +1,314 @@
+"""Studies: what is told from a few runs, and ``aspo study`` with ``aspo report --against`` as a user calls them."""
+
+import itertools
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from aspo_lightning.cli.main import main
+from aspo_lightning.errors import ConfigError, RunError
+from aspo_lightning.run.curves import BEFORE, by_epoch
+from aspo_lightning.study import statistics
+from aspo_lightning.study.against import against
+from aspo_lightning.study.study import Cell, Measure, read_study
+from aspo_lightning.study.table import read_table, results, to_csv
+from tests.support import tiny_study
+from tests.support.commands import ASPO, ROOT, aspo, aspo_here
+
+
+def test_intervals_by_hand():
+    mean, low, high = statistics.mean([1, 2, 3, 4, 5])
+    half = 2.7764451051977987 * math.sqrt(2.5 / 5)  # Student's quantile for 4 degrees of freedom
+    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half))
+    found = statistics.difference([1.0, 2.0, 4.0, 8.0], [0.5, 0.7, 0.2])
+    theirs = stats.ttest_ind([1.0, 2.0, 4.0, 8.0], [0.5, 0.7, 0.2], equal_var=False).confidence_interval()
+    assert found == pytest.approx((3.75 - 1.4 / 3, theirs.low, theirs.high))
+    assert math.isnan(statistics.mean([1.0]).low)
+    assert math.isnan(statistics.difference([1.0], [2.0, 3.0]).high)
+
+
+def column(*values):
+    return np.array(values, dtype=float)[:, None]
+
+
+def test_the_permutation_test_counts_splits():
+    # Of the 20 splits of six numbers into three and three, two have the means as far apart as these.
+    assert statistics.permutation_test(column(1, 2, 3), column(4, 5, 6)) == pytest.approx([2 / 20])
+    x, y = column(0.3, 1.2, 0.1, 0.9), column(0.2, 0.25, 0.15, 0.35, 0.4)
+    theirs = stats.permutation_test(
+        (x[:, 0], y[:, 0]), lambda a, b, axis: abs(a.mean(axis) - b.mean(axis)), vectorized=True, alternative="greater"
+    )
+    assert statistics.permutation_test(x, y) == pytest.approx([theirs.pvalue])
+    assert statistics.permutation_test(column(2, 2, 2), column(2, 2, 2)) == [1]
+
+
+def test_several_measures_are_held_against_the_farthest_of_a_split():
+    x = np.array([[1.0, 1.0], [2.0, 3.0], [3.0, 2.0]])
+    y = np.array([[4.0, 2.5], [5.0, 1.5], [6.0, 3.5]])
+    both = np.concatenate([x, y])
+    both = (both - both.mean(0)) / both.std(0)
+    far = []
+    for chosen in itertools.combinations(range(6), 3):
+        others = [i for i in range(6) if i not in chosen]
+        far.append(np.abs(both[list(chosen)].mean(0) - both[others].mean(0)))
+    by_hand = [np.mean([max(f) >= far[0][m] - 1e-9 for f in far]) for m in (0, 1)]
+    assert statistics.permutation_test(x, y) == pytest.approx(by_hand)
+
+
+def test_runs_of_one_kind_are_called_the_same_in_95_of_100_draws():
+    """Curves that go together, with heavy tails, constants and rounding, as those of runs do."""
+    generator = np.random.default_rng(1)
+    draws, measures, alarms = 2000, 12, 0
+    mix = generator.normal(size=(4, measures))
+    for _ in range(draws):
+        x = generator.standard_t(3, size=(10, 4)) @ mix
+        x[:, 0] = 0.0
+        x[:, 1] = np.round(x[:, 1])
+        alarms += statistics.permutation_test(x[:5], x[5:]).min() <= 0.05
+    assert 0.93 <= 1 - alarms / draws <= 0.97
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_too_few_runs_are_refused_before_anything_is_said():
+    with pytest.raises(ConfigError, match="5 and 1 runs can't be told apart .* is 0.17"):
+        statistics.check_can_tell(5, 1)
+    statistics.check_can_tell(5, 2)
+    with pytest.raises(ConfigError, match="is 0.10. Train with more seeds"):
+        statistics.check_can_tell(3, 3)
+
+
+def test_many_runs_are_split_at_random_the_given_way_first():
+    weights = statistics.splits(20, 20)
+    assert weights.shape == (statistics.MOST_SPLITS, 40)
+    assert (weights[0] == np.array([1 / 20] * 20 + [-1 / 20] * 20)).all()
+    assert weights.sum(1) == pytest.approx(0)
+
+
+def test_curves_by_epoch():
+    logged = {
+        "epoch": [(0, 0.0), (3, 0.0), (7, 1.0), (7, 1.0), (11, 2.0)],
+        "policy/loss": [(3, 0.5), (7, 0.4), (7, 0.3), (11, 0.2)],  # epoch 1 again, after a resume
+        "eval/sums/avg@2": [(0, 0.1), (7, 0.6)],
+        "time/sync_s": [(3, 9.0)],
+    }
+    found = results(by_epoch(logged))
+    assert found == {"policy/loss": {0: 0.5, 1: 0.3, 2: 0.2}, "eval/sums/avg@2": {BEFORE: 0.1, 1: 0.6}}
+    one_step = {
+        "epoch": [(0, 0.0), (0, 0.0), (1, 1.0)],
+        "eval/a": [(0, 0.1), (0, 0.2), (1, 0.3)],
+        "b": [(0, 7), (1, 8)],
+    }
+    assert by_epoch(one_step)["eval/a"] == {BEFORE: 0.1, 0: 0.2, 1: 0.3}
+    assert by_epoch(one_step)["b"] == {0: 7, 1: 8}
+    assert by_epoch({}) == {}
+
+
+float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b,c", 'd"e', "f\ng"]), st.dictionaries(st.integers(-1, 9), float32), min_size=1
+    )
+)
+def test_a_table_is_read_as_it_was_written_to_the_bit(tmp_path_factory, curves):
+    path = tmp_path_factory.mktemp("table") / "curves.csv"
+    table = {"x y": {3: curves}, "z": {0: {"a": {0: 1.0}}}}
+    path.write_text(to_csv(table))
+    assert read_table(path).get("x y", {}).get(3, {}) == {tag: values for tag, values in curves.items() if values}
+
+
+def test_a_damaged_table_is_refused_with_its_line(tmp_path):
+    (tmp_path / "t.csv").write_text("arm,seed,epoch,a\nx,0,0,1.0\nx,0,one,1.0\n")
+    with pytest.raises(RunError, match="t.csv is damaged in line 3"):
+        read_table(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match="isn't a study's table"):
+        read_table(tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_table(tmp_path / "none.csv")
+
+
+def run(level, epochs=4, **other):
+    return {"a": {e: level + 0.1 * e for e in range(epochs)}, **other}
+
+
+def test_against_names_what_differs_and_what_it_couldnt_compare():
+    levels = [0.01, 0.03, 0.02, 0.05, 0.04]
+    reference = [run(x, b={0: 1.0 - x}, c={0: 1.0}) for x in levels]
+    verdict = against(reference, [run(1 + x, b={0: 1.0 - x}) for x in levels])
+    assert not verdict.same
+    assert [m.name for m in verdict.measures if m.chance <= 0.05] == ["a, whole", "a, end"]
+    assert verdict.measures[0].reference == pytest.approx(0.03 + 0.15)
+    assert verdict.measures[1].new == pytest.approx(1.03 + 0.3)
+    assert verdict.left_out == ["c"]
+    assert against(reference, reference[::-1]).same
+    with pytest.raises(ConfigError, match="reference's runs have 4 epochs and these 3"):
+        against(reference, [run(x, epochs=3) for x in levels])
+    with pytest.raises(ConfigError, match="no curve in common"):
+        against(reference, [{"d": {3: 1.0}}] * 5)
+
+
+ASKED = {
+    "question": "Which?",
+    "arguments": ["--config", "sums"],
+    "arms": {"a": [], "b": ["--model.objective", "GRPO"]},
+    "seeds": [3, 1],
+    "primary": {"tag": "eval/sums/avg@4"},
+    "comparisons": [["a", "b"]],
+}
+
+
+def written(folder, **changes):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in {**ASKED, **changes}.items() if v is not None}))
+    return path
+
+
+def test_a_study_is_read_with_its_cells_seed_by_seed(tmp_path):
+    study = read_study(written(tmp_path, secondary=[{"tag": "x", "epochs": 3}]))
+    assert study.cells == [Cell("a", 3), Cell("b", 3), Cell("a", 1), Cell("b", 1)]
+    assert study.secondary == [Measure("x", 3)]
+    assert study.comparisons == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seeds": "x"}, "seeds"),
+        ({"seeds": []}, "seeds \\[\\]"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"seed": 1}, "'seed'"),
+        ({"primary": None}, "primary"),
+        ({"primary": {"tag": "x", "epochs": 0}}, "epochs is 0; it must be at least 1"),
+        ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"comparisons": [["a", "c"]]}, "'c', which isn't an arm. Arms are a, b"),
+        ({"arms": {"../a": []}}, "can't name a folder"),
+        ({"arms": {"a": "x"}}, "arms"),
+    ],
+)
+def test_a_study_that_cant_be_made_is_refused(tmp_path, changes, says):
+    with pytest.raises(ConfigError, match=f"study.yaml isn't a study: .*{says}"):
+        read_study(written(tmp_path, **changes))
+
+
+def test_what_isnt_a_study_at_all_is_refused(tmp_path):
+    for text in ("[1, 2]", "", "a: [", "\x00"):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="isn't a study"):
+            read_study(tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_study(tmp_path / "none.yaml")
+
+
+@pytest.fixture(scope="module")
+def study(tiny_model, tmp_path_factory):
+    """Two arms and two seeds of the tiny model, interrupted once."""
+    folder = tmp_path_factory.mktemp("study")
+    path = written(folder, **tiny_study.asked(tiny_model, folder))
+    command = [ASPO, "study", str(path), "--folder", str(folder / "runs"), "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(folder.glob("runs/*/*/curves.csv")):  # one of four is finished
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    done = {p: p.read_bytes() for p in folder.glob("runs/*/*/curves.csv")}
+    assert len(done) < 4
+    assert not subprocess.run(["pgrep", "-f", f"fit.*{folder}"], capture_output=True).stdout  # none goes on alone
+    finished = aspo(*command[1:])
+    assert finished.returncode == 0, finished.stderr
+    return folder, path, done, finished.stdout
+
+
+def test_a_study_makes_each_run_once_and_keeps_what_is_small(study):
+    folder, path, done, shown = study
+    for file, before in done.items():
+        assert file.read_bytes() == before
+        assert len(list(file.parent.glob("version_*"))) == 1
+    kept = folder / "runs" / "results"
+    assert {str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file()} == {
+        *("study.yaml", "curves.csv", "report.md", "figure.png", "origin.json", "configs/a.yaml", "configs/faster.yaml")
+    }
+    assert (kept / "study.yaml").read_bytes() == path.read_bytes()
+    table = read_table(kept / "curves.csv")
+    assert {arm: set(seeds) for arm, seeds in table.items()} == {"a": {1, 3}, "faster": {1, 3}}
+    config = yaml.safe_load((kept / "configs" / "faster.yaml").read_text())
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 5e-3
+    reward = {arm: [np.mean(list(c["rollout/reward"].values())[-2:]) for c in s.values()] for arm, s in table.items()}
+    row = next(line for line in shown.splitlines() if line.startswith("| a - faster |"))
+    assert f"{np.mean(reward['a']) - np.mean(reward['faster']):.3g} [" in row
+    assert shown.startswith("Which?\n")
+
+
+def test_a_cell_made_again_alone_has_the_same_curves_to_the_bit(study, tmp_path):
+    alone = yaml.safe_load(study[1].read_text()) | {"arms": {"a": []}, "seeds": [3], "comparisons": []}
+    result = aspo("study", str(written(tmp_path, **alone)), "--folder", str(tmp_path / "runs"))
+    assert result.returncode == 0, result.stderr
+    before, after = (read_table(f / "runs" / "results" / "curves.csv")["a"][3] for f in (study[0], tmp_path))
+    assert len(before) > 20
+    assert before == after
+
+
+def test_figure_and_report_are_made_again_from_the_table(study, tmp_path):
+    kept = study[0] / "runs" / "results"
+    result = aspo("report", str(kept), "--figure", str(tmp_path / "f.png"))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "f.png").read_bytes() == (kept / "figure.png").read_bytes()
+    assert result.stdout == f"{(kept / 'report.md').read_text()}\nFigure: {tmp_path / 'f.png'}\n"
+
+
+def test_settings_that_have_changed_are_refused(study, tmp_path, monkeypatch):
+    folder, path, _, _ = study
+    changed = written(tmp_path, **yaml.safe_load(path.read_text().replace("5e-3", "4e-3")))
+    assert aspo_here(monkeypatch, "study", str(changed), "--folder", str(folder / "runs")).startswith(
+        f"aspo: error: {folder}/runs/faster/seed_3 was begun with other settings than the study has now"
+    )
+    assert "--jobs is 0; it must be at least 1" in aspo_here(monkeypatch, "study", str(path), "--jobs", "0")
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(study, tmp_path):
+    asked = yaml.safe_load(study[1].read_text())
+    asked |= {"arms": {"bad": ["--data.group_size", "1"], "good": []}, "seeds": [3], "comparisons": []}
+    result = aspo("study", str(written(tmp_path, **asked)), "--folder", str(tmp_path / "runs"))
+    assert result.returncode == 1
+    log = tmp_path / "runs" / "bad" / "seed_3" / "log.txt"
+    assert f"1 of 2 runs failed: bad, seed 3: `aspo fit` failed (1); see {log}." in result.stderr
+    assert "data.group_size is 1" in log.read_text()
+    assert (tmp_path / "runs/good/seed_3/curves.csv").exists()
+
+
+def test_runs_are_held_against_a_reference(study, monkeypatch, capsys):
+    """Other seeds are the same; five times the learning rate isn't."""
+    kept = study[0] / "runs" / "results"
+
+    def report(arm, *arguments, seeds=(3, 1)):
+        runs = [str(study[0] / "runs" / arm / f"seed_{seed}" / "version_0") for seed in seeds]
+        monkeypatch.setattr(sys, "argv", ["aspo", "report", *runs, *arguments])
+        try:
+            main()
+        except SystemExit as exit:
+            return exit.code, capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    code, text = report("a", "--against", str(tiny_study.REFERENCE))
+    assert (code, text.split(" (")[0]) == (0, f"Same as {tiny_study.REFERENCE}, a")
+    code, text = report("faster", "--against", str(tiny_study.REFERENCE))
+    assert (code, text.split(" (")[0]) == (3, f"Different from {tiny_study.REFERENCE}, a")
+    assert "5 and 1 runs can't be told apart" in report("a", "--against", str(tiny_study.REFERENCE), seeds=[3])[0]
+    assert "has the arms a, faster. Choose one with --arm" in report("a", "--against", str(kept))[0]
+    assert "has no arm 'c'. It has a, faster" in report("a", "--against", str(kept), "--arm", "c")[0]
+    assert "holds no study.yaml" in report("a", "--against", str(kept.parent))[0]
+    assert "--arm is of --against" in report("a", "--arm", "a")[0]
