@@ -116,7 +116,13 @@ class RolloutDataModule(LightningDataModule):
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         group = thread_group() if self.settings.lag and stage == "fit" else None
         self._sampler = Sampler(
-            self.engine, self.pool, self.tokenizer, rank=rank, world_size=world_size, process_group=group
+            self.engine,
+            self.pool,
+            self.tokenizer,
+            rank=rank,
+            world_size=world_size,
+            process_group=group,
+            repetition_ngram=self.settings.repetition_ngram,
         )
         self.rollouts = Rollouts(
             PhaseSampler(self._sampler, self.curriculum, self.train_prompts, self.settings),

@@ -2,10 +2,10 @@
 
     python scripts/make_study_model.py [FOLDER]
 
-It takes five minutes on one core. The text is reasoning-gym's `chain_sum`, each with an answer: 35% at once, 50% after
-the steps that lead to it, of which 15% are wrong, and 15% after the word "check" and steps that are right. So the model
-has ways to answer, of which a rare one is the best. The weights are the same to the bit wherever the processor and
-torch are.
+It takes some minutes on one core. The text is reasoning-gym's `chain_sum`, each with an answer: 37% at once, 60% after
+the steps that lead to it, of which 15% are wrong, and 3% after the word "check" and steps that are right. So the model
+has ways to answer, of which some are better, and knows more than it says: sampled it solves four in ten held-out sums,
+and nearly all by its likeliest tokens.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SEED = 2_000_000  # of the problems that are read; those of training and evaluat
 WORDS = ["State", "the", "final", "answer", "to", "the", "following", "arithmetic", "problem:"]
 SPECIAL = ["<pad>", "</s>"]
 STEPS, BATCH, LEARNING_RATE = 1000, 96, 3e-3
-CAREFUL, CARELESS, WRONG = 0.15, 0.5, 0.15
+CAREFUL, CARELESS, WRONG = 0.03, 0.6, 0.15
 """Shares: of the answers that are worked carefully and carelessly, and of the steps of those that are wrong."""
 
 

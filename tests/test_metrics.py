@@ -58,11 +58,11 @@ def test_more_draws_than_samples_are_refused():
 
 def test_repetition_is_the_share_of_20_grams_already_seen():
     words = [f"w{i}" for i in range(30)]
-    assert repetition_rate(" ".join(words)) == 0
+    assert repetition_rate(" ".join(words), 20) == 0
     # 60 words have 41 20-grams; the second half repeats the first, so 11 of them were seen (words 30-49 .. 40-59).
-    assert repetition_rate(" ".join(words + [w.upper() for w in words])) == pytest.approx(11 / 41)
-    assert repetition_rate("a " * 19) == pytest.approx(0)
-    assert repetition_rate("too short") == 0
+    assert repetition_rate(" ".join(words + [w.upper() for w in words]), 20) == pytest.approx(11 / 41)
+    assert repetition_rate("a " * 19, 20) == pytest.approx(0)
+    assert repetition_rate("too short", 20) == 0
 
 
 # For n = 6, t's quantiles at 5 degrees of freedom are -2.57058 (0.025) and -1.47588 (0.1) in tables; times sqrt(6 / 5),

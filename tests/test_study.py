@@ -17,6 +17,7 @@ from scipy import stats
 from aspo_lightning.cli.main import main
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.curves import BEFORE, by_epoch
+from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
 from aspo_lightning.study.against import against
 from aspo_lightning.study.study import Cell, Measure, read_study
@@ -312,3 +313,21 @@ def test_runs_are_held_against_a_reference(study, monkeypatch, capsys):
     assert "has no arm 'c'. It has a, faster" in report("a", "--against", str(kept), "--arm", "c")[0]
     assert "holds no study.yaml" in report("a", "--against", str(kept.parent))[0]
     assert "--arm is of --against" in report("a", "--arm", "a")[0]
+
+
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_a_shipped_study_has_settings_and_curves_that_are_there(path, monkeypatch, capsys):
+    study = read_study(path)
+    for arguments in study.arms.values():
+        assert aspo_here(monkeypatch, "fit", *study.arguments, *arguments, "--print_config") == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+    evaluated = {
+        f"eval/{task}/{measure}@{printed['data']['eval_group_size']}"
+        for task in printed["data"]["val"]
+        for measure in ("avg", "pass")
+    }
+    for tag in (study.primary.tag, *(m.tag for m in study.secondary), *study.curves):
+        assert tag in TAGS.keys() | evaluated

@@ -17,10 +17,10 @@ def accuracy(groups: Sequence[RolloutGroup]) -> float:
     return sum(r.solved for r in rollouts) / len(rollouts)
 
 
-def repetition_rate(text: str, n: int = 20) -> float:
+def repetition_rate(text: str, n: int) -> float:
     """The share of a response's word n-grams (lower-case, split on spaces) already seen in it.
 
-    0 for fewer than n words. As measured in the ASPO authors' code.
+    0 for fewer than n words. With n = 20 as measured in the ASPO authors' code.
     """
     words = text.lower().split(" ")
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

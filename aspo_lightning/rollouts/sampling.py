@@ -108,6 +108,7 @@ class Sampler:
         rank: of this process.
         world_size: processes.
         process_group: of the ranks, for a sampler that works beside what they do in the usual one.
+        repetition_ngram: words of the n-grams that are counted for the repetition rate.
     """
 
     def __init__(
@@ -119,9 +120,10 @@ class Sampler:
         rank: int = 0,
         world_size: int = 1,
         process_group: dist.ProcessGroup | None = None,
+        repetition_ngram: int = 20,
     ) -> None:
         self.engine, self.pool, self.tokenizer, self.rank, self.world_size = engine, pool, tokenizer, rank, world_size
-        self.process_group = process_group
+        self.process_group, self.repetition_ngram = process_group, repetition_ngram
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -279,7 +281,7 @@ class Sampler:
             failed=known["failed"],
             sampled=None if all(episode.sampled) else tuple(episode.sampled),
             answer=known["answer"],
-            repetition_rate=repetition_rate(text),  # here, where each rank has its share
+            repetition_rate=repetition_rate(text, self.repetition_ngram),  # here, where each rank has its share
             rewards=episode.judgement.values() if episode.judgement else {},
             turns=len(episode.turns),
         )

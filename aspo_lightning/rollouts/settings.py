@@ -117,6 +117,8 @@ class SamplingSettings(Settings):
     top_p: float = 1.0
     """Nucleus (top-p) of sampling. Below 1 there is no mismatch correction: the engine's log-probs are then of the
     nucleus, the trainer's of all tokens."""
+    repetition_ngram: int = 20
+    """Words of the n-grams of which ``repetition_rate`` is the repeated share (20: the paper's script)."""
     seed: int = 0
     """Seed of prompts and sampling (set by ``seed_everything`` on the command line)."""
 
@@ -136,7 +138,7 @@ class SamplingSettings(Settings):
                 f"data.group_size is {self.group_size}; completions are judged against each other, so it must be at "
                 "least 2."
             )
-        for name in ("max_prompt_length", "max_completion_length"):
+        for name in ("max_prompt_length", "max_completion_length", "repetition_ngram"):
             at_least(1, f"data.{name}", getattr(self, name))
 
 

@@ -7,7 +7,7 @@ TAGS = {
     "rollout/length_right": "the same over full solutions",
     "rollout/length_wrong": "the same over all other completions",
     "rollout/truncated_fraction": "share of completions that ran into the length limit",
-    "rollout/repetition_rate": "mean share of a completion's 20-grams of words that it has said before",
+    "rollout/repetition_rate": "mean share of a completion's n-grams of words that repeat (`data.repetition_ngram`)",
     "rollout/repetition_rate_right": "the same over full solutions",
     "rollout/repetition_rate_wrong": "the same over all other completions",
     "rollout/failed_rewards": "number of completions whose reward hung, crashed or raised; they score 0",
@@ -53,7 +53,7 @@ EVALUATION = {
     "maj@<k>": "chance that the answer given most often by k completions is right",
     "length": "mean number of tokens that the model sampled in a completion",
     "truncated_fraction": "share of completions that ran into the length limit",
-    "repetition_rate": "mean share of a completion's 20-grams of words that it has said before",
+    "repetition_rate": "mean share of a completion's n-grams of words that repeat (`data.repetition_ngram`)",
     "failed_rewards": "share of completions whose reward hung, crashed or raised",
 }
 """Of each benchmark that is evaluated, as ``eval/<benchmark>/...``."""
