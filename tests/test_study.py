@@ -225,7 +225,8 @@ def study(tiny_model, tmp_path_factory):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    said, _ = process.communicate(timeout=60)
+    assert said.endswith("Stopped. The same command resumes the study.\n")
     done = {p: p.read_bytes() for p in folder.glob("runs/*/*/curves.csv")}
     assert len(done) < 4
     assert not subprocess.run(["pgrep", "-f", f"fit.*{folder}"], capture_output=True).stdout  # none goes on alone

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +33,11 @@ def main(arguments: Sequence[str]) -> None:
     cells = [CellFolder(study, folder, cell) for cell in study.cells]
     for cell in cells:
         cell.check()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with it, and can be resumed
-    fit_all(cells, jobs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs end with it
+    try:
+        fit_all(cells, jobs)
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command resumes the study.")
     results = StudyResults(folder / "results")
     results.write(source, study, cells)
     print(f"{markdown(study, results.table())}\n\nTable, figure and origin: {results.path}")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -111,8 +112,8 @@ def fit_all(cells: Sequence[CellFolder], jobs: int) -> None:
     failed: list[RunError] = []
     missing = [cell for cell in cells if not cell.finished]
     pool = ThreadPoolExecutor(jobs)
+    runs = [pool.submit(cell.fit) for cell in missing]
     try:
-        runs = [pool.submit(cell.fit) for cell in missing]
         for run in progress(runs, len(cells) - len(missing), len(cells)):
             error = run.exception()
             if isinstance(error, RunError):
@@ -122,8 +123,10 @@ def fit_all(cells: Sequence[CellFolder], jobs: int) -> None:
                 raise error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for cell in missing:
-            cell.end()
+        while not all(run.done() for run in runs):  # one may be about to start its process
+            for cell in missing:
+                cell.end()
+            time.sleep(0.1)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} runs failed: {failed[0]} The same command goes on from here.")
 

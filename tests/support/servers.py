@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import torch
 
 from tests.support.commands import ROOT
 from tests.support.processes import Group, free_port
@@ -19,7 +20,13 @@ class Server(Group):
         self.url = f"http://127.0.0.1:{port}"
         command = ["bash", str(ROOT / "scripts" / "serve.sh"), model, str(port), "--max-model-len", "112"]
         command += ["--kv-cache-memory-bytes", "50000000", *arguments]
-        super().__init__(command, Path(f"{model}_{port}.log"), OMP_NUM_THREADS="1", **environment)
+        alone = {"OMP_NUM_THREADS": "1"}
+        if not torch.cuda.is_available():
+            # The engine works without a worker, as on a GPU: one process less to start, which is a third of the time.
+            command += ["--distributed-executor-backend", "external_launcher"]
+            alone |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        super().__init__(command, Path(f"{model}_{port}.log"), **alone, **environment)
 
     def answers(self) -> bool:
         headers = {"Authorization": f"Bearer {os.environ['VLLM_API_KEY']}"}
