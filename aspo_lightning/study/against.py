@@ -12,6 +12,9 @@ from aspo_lightning.study.table import RunCurves, epochs_of, in_all
 LEVEL = 0.05
 """How often runs of the same code are called different."""
 
+ROUNDING = "mismatch/"
+"""The beginning of tags that aren't compared: how far engine and trainer round apart is the processor's business."""
+
 LAST_PART = 0.2
 """The share of a curve that is its end."""
 
@@ -49,7 +52,7 @@ def against(reference: Sequence[RunCurves], new: Sequence[RunCurves]) -> Verdict
         raise ConfigError(
             f"The reference's runs have {_list(lengths[0])} epochs and these {_list(lengths[1])}. Train as long."
         )
-    tags = in_all([*reference, *new])
+    tags = [tag for tag in in_all([*reference, *new]) if not tag.startswith(ROUNDING)]
     if not tags:
         raise ConfigError("The runs have no curve in common with the reference.")
     values = [
@@ -61,7 +64,7 @@ def against(reference: Sequence[RunCurves], new: Sequence[RunCurves]) -> Verdict
         Compared(name, float(a), float(b), float(p))
         for name, a, b, p in zip(names, values[0].mean(0), values[1].mean(0), chances, strict=True)
     ]
-    every = {tag for curves in (*reference, *new) for tag in curves}
+    every = {tag for curves in (*reference, *new) for tag in curves if not tag.startswith(ROUNDING)}
     return Verdict(
         min(m.chance for m in measures) > LEVEL, sorted(measures, key=lambda m: m.chance), sorted(every - set(tags))
     )
