@@ -170,6 +170,7 @@ ASKED = {
     "seeds": [3, 1],
     "primary": {"tag": "eval/sums/avg@4"},
     "comparisons": [["a", "b"]],
+    "curves": ["eval/sums/avg@4"],
 }
 
 
@@ -190,7 +191,8 @@ def test_a_study_is_read_with_its_cells_seed_by_seed(tmp_path):
     ("changes", "says"),
     [
         ({"seeds": "x"}, "seeds"),
-        ({"seeds": []}, "seeds \\[\\]"),
+        ({"seeds": []}, "seeds are \\[\\]"),
+        ({"curves": []}, "curves are \\[\\]. Give at least one"),
         ({"seeds": [1, 1]}, "each once"),
         ({"seed": 1}, "'seed'"),
         ({"primary": None}, "primary"),

@@ -13,7 +13,7 @@ from aspo_lightning.run.provenance import processor
 from aspo_lightning.study.cells import CellFolder
 from aspo_lightning.study.report import figure, markdown
 from aspo_lightning.study.study import Study, read_study
-from aspo_lightning.study.table import Table, read_table, to_csv
+from aspo_lightning.study.table import RunCurves, Table, read_table, to_csv
 
 
 class StudyResults:
@@ -52,7 +52,7 @@ class StudyResults:
         write_text(self.path / "report.md", markdown(study, table) + "\n")
         figure(study, table, self.path / "figure.png")
 
-    def arm(self, name: str | None) -> tuple[str, Sequence[Mapping[str, Mapping[int, float]]]]:
+    def arm(self, name: str | None) -> tuple[str, Sequence[RunCurves]]:
         """An arm and its runs. None: the only one.
 
         Raises:

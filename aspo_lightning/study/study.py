@@ -39,14 +39,14 @@ class Study:
     arms: dict[str, list[str]]
     """What is compared: by name, the arguments that each adds."""
     seeds: list[int]
+    curves: list[str]
+    """Tags that are drawn by epoch."""
     primary: Measure
     """What is tested; nothing else is."""
     comparisons: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of arms that are tested, by exact permutation of their runs, with Holm's adjustment for their number."""
     secondary: list[Measure] = field(default_factory=list)
     """What is shown beside it, without a test."""
-    curves: list[str] = field(default_factory=list)
-    """Tags that are drawn by epoch."""
     threads: int = 1
     """Of the processor, for each run. Other numbers may give other last bits."""
 
@@ -57,8 +57,10 @@ class Study:
         for pair in self.comparisons:
             if wrong := [arm for arm in pair if arm not in self.arms]:
                 raise ConfigError(f"comparisons has {wrong[0]!r}, which isn't an arm. Arms are {', '.join(self.arms)}.")
-        if not self.arms or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"arms are {list(self.arms)} and seeds {self.seeds}. Give some of both, each once.")
+        for name in ("arms", "seeds", "curves"):
+            given = list(getattr(self, name))
+            if not given or len(set(given)) < len(given):
+                raise ConfigError(f"{name} are {given}. Give at least one, and each once.")
         for name, value in (
             ("threads", self.threads),
             *(("epochs", m.epochs) for m in (self.primary, *self.secondary)),
