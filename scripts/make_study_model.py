@@ -4,8 +4,8 @@
 
 It takes some minutes on one core. The text is reasoning-gym's `chain_sum`, each with an answer: 37% at once, 60% after
 the steps that lead to it, of which 15% are wrong, and 3% after the word "check" and steps that are right. So the model
-has ways to answer, of which some are better, and knows more than it says: sampled it solves four in ten held-out sums,
-and nearly all by its likeliest tokens.
+has ways to answer, of which some are better, and knows more than it says: sampled it solves four in ten sums, and
+nearly all by its likeliest tokens.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FOLDER = Path("~/.cache/aspo_lightning/sums").expanduser()
 PROBLEMS = {"min_terms": 3, "max_terms": 6, "min_digits": 1, "max_digits": 1}
-SEED = 2_000_000  # of the problems that are read; those of training and evaluation have others
+SEED = 2_000_000  # of the problems that are read; some are among those of training and evaluation
 WORDS = ["State", "the", "final", "answer", "to", "the", "following", "arithmetic", "problem:"]
 SPECIAL = ["<pad>", "</s>"]
 STEPS, BATCH, LEARNING_RATE = 1000, 96, 3e-3

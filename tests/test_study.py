@@ -20,6 +20,8 @@ from aspo_lightning.run.curves import BEFORE, by_epoch
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
 from aspo_lightning.study.against import against
+from aspo_lightning.study.cells import CellFolder
+from aspo_lightning.study.report import markdown
 from aspo_lightning.study.study import Cell, Measure, read_study
 from aspo_lightning.study.table import read_table, results, to_csv
 from tests.support import tiny_study
@@ -142,6 +144,29 @@ def test_a_damaged_table_is_refused_with_its_line(tmp_path):
         read_table(tmp_path / "none.csv")
 
 
+def test_a_changed_config_is_noticed_however_it_is_named(tmp_path):
+    config = tmp_path / "run.yaml"
+    for number, named in enumerate((["--config", str(config)], ["-c", str(config)], [f"--config={config}"])):
+        config.write_text("{data: {group_size: 4}}")
+        study = read_study(written(tmp_path, arguments=named))
+        CellFolder(study, tmp_path / str(number), Cell("a", 3)).check()
+        config.write_text("{data: {group_size: 4}} # a comment")
+        CellFolder(study, tmp_path / str(number), Cell("a", 3)).check()
+        config.write_text("{data: {group_size: 5}}")
+        with pytest.raises(ConfigError, match="begun with other settings"):
+            CellFolder(study, tmp_path / str(number), Cell("a", 3)).check()
+
+
+def test_a_report_says_of_how_many_runs_a_number_is_and_takes_tables_in_part(tmp_path):
+    study = read_study(written(tmp_path))
+    curves = {"eval/sums/avg@4": {0: 0.5}}
+    table = {"a": {1: curves, 3: {"eval/sums/avg@4": {0: math.nan}}}}
+    lines = markdown(study, table).splitlines()
+    assert "| a | 2 | 0.5 [nan, nan] (1 of 2) |" in lines
+    assert "| b | 0 | - |" in lines
+    assert "| a - b | - | 1.000 | 1.000 |" in lines
+
+
 def run(level, epochs=4, **other):
     return {"a": {e: level + 0.1 * e for e in range(epochs)}, **other}
 
@@ -152,10 +177,16 @@ def test_against_names_what_differs_and_what_it_couldnt_compare():
     reference = [run(x, b={0: 1.0 - x}, c={0: 1.0}, **rounding[0]) for x in levels]
     verdict = against(reference, [run(1 + x, b={0: 1.0 - x}, **rounding[1]) for x in levels])
     assert not verdict.same
-    assert [m.name for m in verdict.measures if m.chance <= 0.05] == ["a, whole", "a, end"]
+    assert [m.name for m in verdict.measures if m.chance <= 0.05] == [*("a, whole", "a, end", "c, finite values")]
     assert verdict.measures[0].reference == pytest.approx(0.03 + 0.15)
     assert verdict.measures[1].new == pytest.approx(1.03 + 0.3)
     assert verdict.left_out == ["c"]
+    without = [
+        m.name for m in against(reference, [run(x, b={0: 1.0 - x}) for x in levels]).measures if m.chance <= 0.05
+    ]
+    assert without == ["c, finite values"]
+    skipped = [run(x, b={0: math.nan if x < 0.05 else 1.0 - x}, c={0: 1.0}) for x in levels]
+    assert not against(reference, skipped).same
     assert against(reference, reference[::-1]).same
     with pytest.raises(ConfigError, match="reference's runs have 4 epochs and these 3"):
         against(reference, [run(x, epochs=3) for x in levels])
@@ -280,6 +311,10 @@ def test_settings_that_have_changed_are_refused(study, tmp_path, monkeypatch):
     changed = written(tmp_path, **yaml.safe_load(path.read_text().replace("5e-3", "4e-3")))
     assert aspo_here(monkeypatch, "study", str(changed), "--folder", str(folder / "runs")).startswith(
         f"aspo: error: {folder}/runs/faster/seed_3 was begun with other settings than the study has now"
+    )
+    fewer = written(tmp_path, **yaml.safe_load(path.read_text()) | {"seeds": [3]})
+    assert "has a, seed 1, which this study doesn't" in aspo_here(
+        monkeypatch, "study", str(fewer), "--folder", str(folder / "runs")
     )
     assert "--jobs is 0; it must be at least 1" in aspo_here(monkeypatch, "study", str(path), "--jobs", "0")
 

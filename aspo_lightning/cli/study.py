@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> None:
     if jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
     cells = [CellFolder(study, folder, cell) for cell in study.cells]
+    results = StudyResults(folder / "results")
+    results.check(study)
     for cell in cells:
         cell.check()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs end with it
@@ -38,6 +40,5 @@ def main(arguments: Sequence[str]) -> None:
         fit_all(cells, jobs)
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command resumes the study.")
-    results = StudyResults(folder / "results")
     results.write(source, study, cells)
     print(f"{markdown(study, results.table())}\n\nTable, figure and origin: {results.path}")

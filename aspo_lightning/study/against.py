@@ -1,16 +1,17 @@
 """Whether new runs are like those of a reference: a verdict with a known rate of false alarms."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.study import statistics
-from aspo_lightning.study.table import RunCurves, epochs_of, in_all
+from aspo_lightning.study.table import RunCurves, epochs_of
 
 LEVEL = 0.05
-"""How often runs of the same code are called different."""
+"""How often runs of the same code are called different, on average over references and runs."""
 
 ROUNDING = "mismatch/"
 """The beginning of tags that aren't compared: how far engine and trainer round apart is the processor's business."""
@@ -37,7 +38,7 @@ class Verdict(NamedTuple):
     measures: list[Compared]
     """Those that differ most come first."""
     left_out: list[str]
-    """Tags that some run lacks."""
+    """Tags of which some run has no finite value: only how many they have is compared."""
 
 
 def against(reference: Sequence[RunCurves], new: Sequence[RunCurves]) -> Verdict:
@@ -52,30 +53,41 @@ def against(reference: Sequence[RunCurves], new: Sequence[RunCurves]) -> Verdict
         raise ConfigError(
             f"The reference's runs have {_list(lengths[0])} epochs and these {_list(lengths[1])}. Train as long."
         )
-    tags = [tag for tag in in_all([*reference, *new]) if not tag.startswith(ROUNDING)]
+    every = sorted({tag for curves in (*reference, *new) for tag in curves if not tag.startswith(ROUNDING)})
+    tags = [tag for tag in every if all(_finite(run, tag) for run in (*reference, *new))]
     if not tags:
         raise ConfigError("The runs have no curve in common with the reference.")
+    # A run may lack a curve, or have NaN where a step was skipped: how many values it has is a measure as well.
     values = [
-        np.array([[f(run[tag]) for tag in tags for f in (_whole, _end)] for run in runs]) for runs in (reference, new)
+        np.array(
+            [
+                [f(_finite(run, tag)) for tag in tags for f in (np.mean, _end)]
+                + [len(_finite(run, tag)) for tag in every]
+                for run in runs
+            ]
+        )
+        for runs in (reference, new)
     ]
     chances = statistics.permutation_test(*values)
     names = [f"{tag}, {part}" for tag in tags for part in ("whole", "end")]
+    names += [f"{tag}, finite values" for tag in every]
     measures = [
         Compared(name, float(a), float(b), float(p))
         for name, a, b, p in zip(names, values[0].mean(0), values[1].mean(0), chances, strict=True)
     ]
-    every = {tag for curves in (*reference, *new) for tag in curves if not tag.startswith(ROUNDING)}
     return Verdict(
-        min(m.chance for m in measures) > LEVEL, sorted(measures, key=lambda m: m.chance), sorted(every - set(tags))
+        min(m.chance for m in measures) > LEVEL,
+        sorted(measures, key=lambda m: m.chance),
+        [tag for tag in every if tag not in tags],
     )
 
 
-def _whole(curve: Mapping[int, float]) -> float:
-    return float(np.mean(list(curve.values())))
+def _finite(run: RunCurves, tag: str) -> list[float]:
+    """The values of a curve in the order of their epochs, without those that aren't finite."""
+    return [value for _, value in sorted(run.get(tag, {}).items()) if math.isfinite(value)]
 
 
-def _end(curve: Mapping[int, float]) -> float:
-    values = [value for _, value in sorted(curve.items())]
+def _end(values: Sequence[float]) -> float:
     return float(np.mean(values[-max(1, round(LAST_PART * len(values))) :]))
 
 
@@ -87,13 +99,17 @@ def describe(verdict: Verdict, name: str, reference: int, new: int) -> str:
     """The verdict in words, with a table of what was compared."""
     differ = [m for m in verdict.measures if m.chance <= LEVEL]
     head = (
-        f"Same as {name} ({new} runs against {reference}): no curve differs. Of runs with the same code one in twenty "
-        "is called different."
+        f"Same as {name} ({new} runs against {reference}): no curve differs."
         if verdict.same
         else f"Different from {name} ({new} runs against {reference}): {len(differ)} of {len(verdict.measures)} "
-        "measures differ. Runs with the same code are called so one time in twenty."
+        "measures differ. On average over references that is said of the same code one time in twenty: confirm it with "
+        "other seeds."
     )
     rows = ["| curve | reference | these | p |", "|---|---|---|---|"]
     rows += [f"| {m.name} | {m.reference:.4g} | {m.new:.4g} | {m.chance:.3f} |" for m in verdict.measures]
-    left_out = [f"\nNot compared, since some run lacks it: {', '.join(verdict.left_out)}."] if verdict.left_out else []
+    left_out = (
+        [f"\nSome run lacks it, so that only the number of its values is compared: {', '.join(verdict.left_out)}."]
+        if verdict.left_out
+        else []
+    )
     return "\n".join([head, "", *rows, *left_out])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -69,8 +70,9 @@ class CellFolder:
 
     def _settings(self) -> dict[str, object]:
         """What decides the cell's numbers: its arguments, and what is in the configs that they name."""
-        pairs = zip(self.arguments, self.arguments[1:], strict=False)
-        configs = [find_config(value) for key, value in pairs if key == "--config"]  # files, or YAML itself
+        given = [part for a in self.arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+        pairs = pairwise(given)
+        configs = [find_config(value) for key, value in pairs if key in ("-c", "--config")]  # files, or YAML itself
         return {
             "arguments": self.arguments,
             "threads": self.environment["OMP_NUM_THREADS"],
@@ -82,7 +84,7 @@ class CellFolder:
         """Trains to the end, and writes the curves.
 
         Raises:
-            RunError: if the run fails.
+            RunError: if the run fails, or leaves no curves.
         """
         command = [*ASPO, "fit", *self.arguments, "--trainer.default_root_dir", str(self.path)]
         with contextlib.suppress(ConfigError):  # there is none: from the start
@@ -94,7 +96,12 @@ class CellFolder:
             status = self._process.wait()
         if status:
             raise RunError(f"{self.cell.arm}, seed {self.cell.seed}: `aspo fit` failed ({status}); see {self.log}.")
-        curves = results(by_epoch(read_run(self.run.path)))
+        try:
+            curves = results(by_epoch(read_run(self.run.path)))
+        except ConfigError as error:
+            raise RunError(f"{self.cell.arm}, seed {self.cell.seed} can't be read: {error}") from error
+        if not curves:
+            raise RunError(f"{self.cell.arm}, seed {self.cell.seed} has logged no curves; see {self.log}.")
         write_text(self._curves, to_csv({self.cell.arm: {self.cell.seed: curves}}))
 
     def end(self) -> None:

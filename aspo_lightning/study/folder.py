@@ -1,7 +1,6 @@
 """What a study leaves to keep: its question, its table and where its numbers come from, in small files."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,10 +33,18 @@ class StudyResults:
     def table(self) -> Table:
         return read_table(self._curves)
 
+    def check(self, study: Study) -> None:
+        """Raises ConfigError if the folder has results of runs that the study doesn't have."""
+        if self.exists and (lost := [cell for cell in self.study().cells if cell not in study.cells]):
+            raise ConfigError(
+                f"{self.path} has {lost[0].arm}, seed {lost[0].seed}, which this study doesn't: it would be lost. Give "
+                "the study another folder with --folder."
+            )
+
     def write(self, source: Path, study: Study, cells: Sequence[CellFolder]) -> None:
         """Writes it all from finished cells; ``source`` is the study's file."""
         (self.path / "configs").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, self._study)
+        write_text(self._study, source.read_text())
         table: Table = {}
         for cell in cells:
             table.setdefault(cell.cell.arm, {})[cell.cell.seed] = cell.curves

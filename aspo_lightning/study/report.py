@@ -31,7 +31,7 @@ def markdown(study: Study, table: Table) -> str:
 
 def comparisons(study: Study, table: Table) -> list[str]:
     pairs = [
-        (first, second, values(table[first], study.primary), values(table[second], study.primary))
+        (first, second, values(table.get(first, {}), study.primary), values(table.get(second, {}), study.primary))
         for first, second in study.comparisons
     ]
     if not pairs:
@@ -52,13 +52,19 @@ def measures(study: Study, table: Table) -> list[str]:
     rows = [["arm", "runs", *map(str, columns)], ["---"] * (len(columns) + 2)]
     for arm in study.arms:
         runs = table.get(arm, {})
-        cells = [show(statistics.mean(found)) if (found := values(runs, m)) else "-" for m in columns]
+        cells = [_cell(values(runs, m), len(runs)) for m in columns]
         rows.append([arm, str(len(runs)), *cells])
     return [
         *(_line(row) for row in rows),
         "",
         "Means over seeds with 95% intervals (Student's; Welch's of differences).",
     ]
+
+
+def _cell(found: Sequence[float], runs: int) -> str:
+    """Says of how many runs it is where some have no finite value."""
+    some = f" ({len(found)} of {runs})" if len(found) < runs else ""
+    return f"{show(statistics.mean(found))}{some}" if found else "-"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -78,16 +84,17 @@ def figure(study: Study, table: Table, path: Path) -> None:
         rows, columns, figsize=(4 * columns, 3 * rows), constrained_layout=True, squeeze=False
     )
     for axis, tag in zip(axes.flat, study.curves, strict=False):
-        for arm in study.arms:
+        for i, arm in enumerate(study.arms):
             found = {epoch: statistics.mean(v) for epoch, v in series(table.get(arm, {}).values(), tag).items()}
             if found:
-                line = axis.plot(list(found), [e.value for e in found.values()], label=arm, linewidth=1.2)
+                axis.plot(list(found), [e.value for e in found.values()], color=f"C{i}", linewidth=1.2)
                 band = [[getattr(e, end) for e in found.values()] for end in ("low", "high")]
-                axis.fill_between(list(found), *band, color=line[0].get_color(), alpha=0.15, linewidth=0)
+                axis.fill_between(list(found), *band, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set(title=tag, xlabel="epoch")
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(study.curves) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize="small")
+    lines = [pyplot.Line2D([], [], color=f"C{i}", label=arm) for i, arm in enumerate(study.arms)]
+    axes.flat[0].legend(handles=lines, fontsize="small")
     drawing.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(drawing)

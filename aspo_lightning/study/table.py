@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +79,6 @@ def last(curves: RunCurves, tag: str, epochs: int = 1) -> float:
 def epochs_of(curves: RunCurves) -> int:
     """How many epochs a run has."""
     return 1 + max((epoch for values in curves.values() for epoch in values), default=-1)
-
-
-def in_all(runs: Sequence[RunCurves]) -> list[str]:
-    """Tags that every run has."""
-    return sorted(set.intersection(*(set(curves) for curves in runs))) if runs else []
 
 
 def series(runs: Iterable[RunCurves], tag: str) -> dict[int, list[float]]:
