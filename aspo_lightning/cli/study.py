@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run.disk import check_writable
 from aspo_lightning.shipped import find_config
 from aspo_lightning.study.cells import CellFolder, fit_all
 from aspo_lightning.study.folder import StudyResults
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     if jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
     cells = [CellFolder(study, folder, cell) for cell in study.cells]
+    check_writable(folder, "--folder")
     results = StudyResults(folder / "results")
     results.check(study)
     for cell in cells:
