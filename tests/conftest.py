@@ -21,6 +21,7 @@ SLOW = (
     "test_servers",
     "test_lag",
     "test_docs",
+    "test_study",
     "test_evaluation",
     "test_runs",
     "test_from_python",

@@ -5,6 +5,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from aspo_lightning.cli import report
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.run.curves import read_run
 
 
 def write_run(folder, accuracy, before, after):
@@ -27,7 +28,7 @@ def test_the_table_has_both_ends_of_the_curve_and_of_each_benchmark(tmp_path, ca
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no TensorBoard events"):
-        report.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def write_result(folder, solved, k=4, settings=None, name="aime24", prompts="same"):

@@ -11,6 +11,7 @@ import yaml
 from aspo_lightning.cli.report import measurements, read_result
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.evaluation.results import Result, show
+from aspo_lightning.markdown import markdown_table
 from aspo_lightning.policy import default_model
 from aspo_lightning.run.checkpoints import trained_from, trained_steps
 from aspo_lightning.run.folder import RunFolder
@@ -69,14 +70,15 @@ def results(run: RunFolder, steps: int) -> list[str]:
     if not found:
         return []
     shown = {step: found[step] for step in (min(found), max(found))}
-    rows = [["benchmark", *(f"after {step} steps" if step else "before" for step in shown)], ["---"] * (1 + len(shown))]
+    head = ["benchmark", *(f"after {step} steps" if step else "before" for step in shown)]
+    rows = []
     for benchmark, last in shown[max(shown)]["benchmarks"].items():
         for key in last["measurements"]:
             if "@" in key:
                 measured = [measurements(result, benchmark).get(key) for result in shown.values()]
                 rows.append([escape(f"{benchmark}, {key}"), *(show(m) if m else "-" for m in measured)])
-    table = [f"| {' | '.join(row)} |" for row in rows]
-    return ["\n## Results\n", *table, "\nIn percent, with 95% intervals over problems, measured by the run itself."]
+    table = markdown_table(head, rows)
+    return ["\n## Results\n", table, "\nIn percent, with 95% intervals over problems, measured by the run itself."]
 
 
 def versions(run: RunFolder) -> list[str]:

@@ -12,6 +12,7 @@ from aspo_lightning.evaluation import paper
 from aspo_lightning.evaluation.metrics import interval, scores
 from aspo_lightning.evaluation.results import RESULT, Interval, Result, show
 from aspo_lightning.identity import flat
+from aspo_lightning.markdown import markdown_table
 from aspo_lightning.run.curves import Curves, by_epoch, read_run
 from aspo_lightning.study import against
 from aspo_lightning.study import report as study_report
@@ -35,7 +36,7 @@ def table(runs: Mapping[str, Curves]) -> str:
     """Markdown: accuracy of the first and last epochs, and each benchmark before and after."""
     benchmarks = sorted({tag for curves in runs.values() for tag in curves if tag.startswith("eval/")})
     names = [f"accuracy, first {EDGE} → last {EDGE} epochs", *(b.removeprefix("eval/") for b in benchmarks)]
-    rows = [["run", *names], ["---"] * (len(names) + 1)]
+    rows = []
     for name, curves in runs.items():
         accuracy = [value for _, value in curves.get("rollout/accuracy", [])]
         cells = [change(accuracy[:EDGE], accuracy[-EDGE:])]
@@ -43,7 +44,7 @@ def table(runs: Mapping[str, Curves]) -> str:
             change([v for _, v in curves.get(b, [])][:1], [v for _, v in curves.get(b, [])][-1:]) for b in benchmarks
         ]
         rows.append([name, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(["run", *names], rows)
 
 
 def change(before: Sequence[float], after: Sequence[float]) -> str:
@@ -105,7 +106,7 @@ def comparison(results: Mapping[str, Result]) -> str:
         for key in benchmark["measurements"]
         if "@" in key
     }
-    rows = [["model", *columns], ["---"] * (len(columns) + 1)]
+    rows = []
     for label, result in results.items():
         cells = [label]
         for column in columns:
@@ -117,7 +118,7 @@ def comparison(results: Mapping[str, Result]) -> str:
     for model, numbers in paper.ROWS.items():
         if any(column in numbers for column in columns):
             rows.append([f"paper: {model}", *(f"{numbers[c]:.1f}" if c in numbers else "-" for c in columns)])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [markdown_table(["model", *columns], rows)]
     if any("≈" in line for line in lines):
         lines += ["", "≈: not told apart from the first row: the 95% interval of the difference holds 0."]
     return "\n".join([*lines, *other_settings(results)])

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.run.disk import check_writable
 from aspo_lightning.shipped import find_config
@@ -23,12 +25,15 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("study", metavar="STUDY", help="a study's YAML file, or the name of one that is shipped")
     parser.add_argument("--folder", type=Path, help="where its runs go (runs/studies/NAME)")
-    parser.add_argument("--jobs", type=int, help="how many runs at a time (as many as the processor has threads for)")
+    parser.add_argument(
+        "--jobs", type=int, help="how many runs at a time (1 with a GPU, or as many as the processor has room for)"
+    )
     options = parser.parse_args(arguments)
     source = Path(find_config(options.study))
     study = read_study(source)
     folder = options.folder or Path("runs") / "studies" / source.stem
-    jobs = max(1, (os.cpu_count() or 1) // study.threads) if options.jobs is None else options.jobs
+    at_a_time = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // study.threads)
+    jobs = at_a_time if options.jobs is None else options.jobs
     if jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
     cells = [CellFolder(study, folder, cell) for cell in study.cells]

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.evaluation.metrics import Measurement
 from aspo_lightning.identity import differences
+from aspo_lightning.markdown import markdown_table
 from aspo_lightning.run.disk import write_text
 from aspo_lightning.run.provenance import versions
 from aspo_lightning.types import Known, RolloutGroup
@@ -229,7 +230,7 @@ def check_folder(folder: Path, settings: Conditions) -> None:
 
 def table(result: Result) -> str:
     """Markdown: a line for each benchmark."""
-    rows = [["benchmark", "problems", "score (95% interval)", "length", "truncated", "repetition"], ["---"] * 6]
+    rows = []
     for name, benchmark in result["benchmarks"].items():
         measured = benchmark["measurements"]
         scores = [f"{key} {show(value)}" for key, value in measured.items() if "@" in key]
@@ -243,7 +244,7 @@ def table(result: Result) -> str:
                 f"{measured['repetition_rate']['value']:.1%}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(["benchmark", "problems", "score (95% interval)", "length", "truncated", "repetition"], rows)
 
 
 def show(measurement: Interval) -> str:

@@ -117,7 +117,7 @@ class SamplingSettings(Settings):
     top_p: float = 1.0
     """Nucleus (top-p) of sampling. Below 1 there is no mismatch correction: the engine's log-probs are then of the
     nucleus, the trainer's of all tokens."""
-    repetition_ngram: int = 20
+    repetition_ngram: Annotated[int, INCIDENTAL] = 20
     """Words of the n-grams of which ``repetition_rate`` is the repeated share (20: the paper's script)."""
     seed: int = 0
     """Seed of prompts and sampling (set by ``seed_everything`` on the command line)."""

@@ -1,5 +1,7 @@
 """What a run logs, by TensorBoard tag, and what each tag means. docs/tags.md has ``table``."""
 
+from aspo_lightning.markdown import markdown_table
+
 TAGS = {
     "rollout/reward": "mean task reward of all completions, before shaping",
     "rollout/accuracy": "share of completions that are full solutions",
@@ -65,4 +67,4 @@ FINAL = {"final/<tag>": "the last value of reward, accuracy, entropy and avg@k, 
 def table() -> str:
     """Markdown: a row for each tag."""
     rows = {**TAGS, **FINAL, **{f"eval/<benchmark>/{name}": meaning for name, meaning in EVALUATION.items()}}
-    return "\n".join(["| tag | meaning |", "|---|---|", *(f"| `{tag}` | {meaning} |" for tag, meaning in rows.items())])
+    return markdown_table(["tag", "meaning"], ([f"`{tag}`", meaning] for tag, meaning in rows.items()))

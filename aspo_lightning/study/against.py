@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aspo_lightning.errors import ConfigError
+from aspo_lightning.markdown import markdown_table
 from aspo_lightning.study import statistics
 from aspo_lightning.study.table import RunCurves, epochs_of
 
@@ -105,11 +106,10 @@ def describe(verdict: Verdict, name: str, reference: int, new: int) -> str:
         "measures differ. On average over references that is said of the same code one time in twenty: confirm it with "
         "other seeds."
     )
-    rows = ["| curve | reference | these | p |", "|---|---|---|---|"]
-    rows += [f"| {m.name} | {m.reference:.4g} | {m.new:.4g} | {m.chance:.3f} |" for m in verdict.measures]
+    rows = [[m.name, f"{m.reference:.4g}", f"{m.new:.4g}", f"{m.chance:.3f}"] for m in verdict.measures]
     left_out = (
         [f"\nSome run lacks it, so that only the number of its values is compared: {', '.join(verdict.left_out)}."]
         if verdict.left_out
         else []
     )
-    return "\n".join([head, "", *rows, *left_out])
+    return "\n".join([head, "", markdown_table(["curve", "reference", "these", "p"], rows), *left_out])

@@ -22,7 +22,7 @@ from aspo_lightning.shipped import find_config
 from aspo_lightning.study.study import Cell, Study
 from aspo_lightning.study.table import RunCurves, read_table, results, to_csv
 
-ASPO = [sys.executable, "-m", "aspo_lightning.cli.start"]
+ASPO = [sys.executable, "-P", "-m", "aspo_lightning.cli.start"]  # -P: as the script, which a random.py here can't break
 
 
 class CellFolder:
@@ -57,7 +57,7 @@ class CellFolder:
         return last_run(self.path)
 
     def check(self) -> None:
-        """Raises ConfigError if the cell was begun with other settings."""
+        """Raises ConfigError if the cell was begun with other settings, or has a config that isn't YAML."""
         asked = json.dumps(self._settings(), indent=1, default=str) + "\n"
         if not self._asked.exists():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -73,12 +73,15 @@ class CellFolder:
         given = [part for a in self.arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
         pairs = pairwise(given)
         configs = [find_config(value) for key, value in pairs if key in ("-c", "--config")]  # files, or YAML itself
-        return {
-            "arguments": self.arguments,
-            "threads": self.environment["OMP_NUM_THREADS"],
-            # PTH113: false for a name that is too long
-            "configs": [yaml.safe_load(Path(c).read_text() if os.path.isfile(c) else c) for c in configs],  # noqa: PTH113
-        }
+        # PTH113: false for a name that is too long
+        texts = [Path(c).read_text() if os.path.isfile(c) else c for c in configs]  # noqa: PTH113
+        try:
+            said = [yaml.safe_load(text) for text in texts]
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"A config that {self.cell.arm} names isn't YAML: {' '.join(str(error).split())}"
+            ) from error
+        return {"arguments": self.arguments, "threads": self.environment["OMP_NUM_THREADS"], "configs": said}
 
     def fit(self) -> None:
         """Trains to the end, and writes the curves.
@@ -136,7 +139,7 @@ def fit_all(cells: Sequence[CellFolder], jobs: int) -> None:
                 cell.end()
             time.sleep(0.1)
     if failed:
-        raise RunError(f"{len(failed)} of {len(cells)} runs failed: {failed[0]} The same command goes on from here.")
+        raise RunError(f"{len(failed)} of {len(cells)} runs failed: {failed[0]} The same command resumes the study.")
 
 
 def progress(runs: Sequence[Future[None]], done: int, all: int) -> Iterable[Future[None]]:

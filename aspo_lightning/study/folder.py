@@ -75,7 +75,7 @@ class StudyResults:
 
 
 def _origin(cell: CellFolder, config: Mapping[str, object]) -> dict[str, object]:
-    """Versions, the processor, and digests of the weights that the run began with, where they are files."""
+    """Versions of the run; and, as of when results are written, the processor and digests of the model's files."""
     origin = cell.run.origin()
     model = config.get("model")
     name = model.get("model_name_or_path", "") if isinstance(model, Mapping) else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aspo_lightning.markdown import markdown_table
 from aspo_lightning.study import statistics
 from aspo_lightning.study.statistics import Estimate
 from aspo_lightning.study.study import Measure, Study
@@ -26,49 +27,44 @@ def values(runs: Mapping[int, RunCurves], measure: Measure) -> list[float]:
 
 def markdown(study: Study, table: Table) -> str:
     """The planned comparisons, then all measures by arm."""
-    return "\n".join([study.question, "", *comparisons(study, table), "", *measures(study, table)])
+    note = "Means over seeds with 95% intervals (Student's; Welch's of differences)."
+    compared = [comparisons(study, table)] if study.comparisons else []
+    return "\n\n".join([study.question.strip(), *compared, measures(study, table), note])
 
 
-def comparisons(study: Study, table: Table) -> list[str]:
-    pairs = [
-        (first, second, values(table.get(first, {}), study.primary), values(table.get(second, {}), study.primary))
-        for first, second in study.comparisons
-    ]
-    if not pairs:
-        return []
+def comparisons(study: Study, table: Table) -> str:
+    """Nothing is said where a run has no value: the others are a selection."""
+    found = {arm: values(table.get(arm, {}), study.primary) for arm in study.arms}
+    whole = {arm for arm in study.arms if found[arm] and len(found[arm]) == len(table[arm])}
     chances = [
-        float(statistics.permutation_test(np.array(x)[:, None], np.array(y)[:, None])[0]) if x and y else 1.0
-        for _, _, x, y in pairs
+        float(statistics.permutation_test(*(np.array(found[arm])[:, None] for arm in pair))[0])
+        if whole.issuperset(pair)
+        else 1.0
+        for pair in study.comparisons
     ]
-    rows = [["comparison", f"difference of {study.primary}", "p", "p, Holm"], ["---"] * 4]
-    for (first, second, x, y), p, adjusted in zip(pairs, chances, statistics.holm(chances), strict=True):
-        cell = show(statistics.difference(x, y)) if x and y else "-"
-        rows.append([f"{first} - {second}", cell, f"{p:.3f}", f"{adjusted:.3f}"])
-    return [_line(row) for row in rows]
+    rows = []
+    for pair, p, adjusted in zip(study.comparisons, chances, statistics.holm(chances), strict=True):
+        said = ["-"] * 3
+        if whole.issuperset(pair):
+            said = [show(statistics.difference(*(found[arm] for arm in pair))), f"{p:.3f}", f"{adjusted:.3f}"]
+        rows.append([" - ".join(pair), *said])
+    return markdown_table(["comparison", f"difference of {study.primary}", "p", "p, Holm"], rows)
 
 
-def measures(study: Study, table: Table) -> list[str]:
+def measures(study: Study, table: Table) -> str:
     columns = [study.primary, *study.secondary]
-    rows = [["arm", "runs", *map(str, columns)], ["---"] * (len(columns) + 2)]
+    rows = []
     for arm in study.arms:
         runs = table.get(arm, {})
         cells = [_cell(values(runs, m), len(runs)) for m in columns]
         rows.append([arm, str(len(runs)), *cells])
-    return [
-        *(_line(row) for row in rows),
-        "",
-        "Means over seeds with 95% intervals (Student's; Welch's of differences).",
-    ]
+    return markdown_table(["arm", "runs", *map(str, columns)], rows)
 
 
 def _cell(found: Sequence[float], runs: int) -> str:
     """Says of how many runs it is where some have no finite value."""
     some = f" ({len(found)} of {runs})" if len(found) < runs else ""
     return f"{show(statistics.mean(found))}{some}" if found else "-"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def figure(study: Study, table: Table, path: Path) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from aspo_lightning.errors import ConfigError, RunError
+from aspo_lightning.run.tags import CLOCKED
 
 KEYS = ("arm", "seed", "epoch")
 
-LEFT_OUT = ("time/", "throughput/", "final/", "hp_metric", "epoch")
+LEFT_OUT = (*CLOCKED, "final/", "hp_metric", "epoch")
 """Beginnings of the tags that aren't results."""
 
 RunCurves = Mapping[str, Mapping[int, float]]
