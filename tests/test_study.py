@@ -1,14 +1,18 @@
 """Studies: what is told from a few runs, and ``aspo study`` with ``aspo report --against`` as a user calls them."""
 
 import itertools
+import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +21,7 @@ from scipy import stats
 from aspo_lightning.cli.main import main
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.curves import BEFORE, by_epoch
+from aspo_lightning.run.disk import file_digest
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
 from aspo_lightning.study.against import against
@@ -172,6 +177,29 @@ def test_a_report_says_of_how_many_runs_a_number_is_and_takes_tables_in_part(tmp
     assert "| a - b | - | - | - |" in markdown(study, table).splitlines()  # of what is left of a
 
 
+@pytest.mark.parametrize(("seeds", "least"), [(1, "1.00"), (3, "0.10"), (4, None), (5, None)])
+def test_a_report_says_when_not_even_the_largest_difference_would_be_found(tmp_path, seeds, least):
+    study = read_study(written(tmp_path, seeds=list(range(seeds))))
+    far = {
+        arm: {s: {"eval/sums/avg@4": {0: level + s / 100}} for s in range(seeds)}
+        for arm, level in {"a": 0, "b": 1}.items()
+    }
+    text = markdown(study, far)
+    p = text.split("| a - b | ")[1].split(" | ")[1]
+    assert float(p) == pytest.approx(2 / math.comb(2 * seeds, seeds), abs=5e-4)  # the smallest there is
+    said = (
+        f"{seeds} seeds can't show a difference here, however large: the smallest p of 1 comparison of so few runs is "
+    )
+    assert (said in text) == (least is not None)
+    if least is not None:
+        assert f"{said}{least}." in text
+
+
+def test_a_report_counts_comparisons_for_that(tmp_path):
+    five = {"seeds": [1, 2, 3, 4], "arms": {"a": [], "b": [], "c": []}, "comparisons": [["a", "b"], ["a", "c"]]}
+    assert "smallest p of 2 comparisons of so few runs is 0.06." in markdown(read_study(written(tmp_path, **five)), {})
+
+
 def run(level, epochs=4, **other):
     return {"a": {e: level + 0.1 * e for e in range(epochs)}, **other}
 
@@ -236,6 +264,8 @@ def test_a_study_is_read_with_its_cells_seed_by_seed(tmp_path):
         ({"primary": {"tag": "x", "epochs": 0}}, "epochs is 0; it must be at least 1"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
         ({"comparisons": [["a", "c"]]}, "'c', which isn't an arm. Arms are a, b"),
+        ({"comparisons": [["a", "b"], ["b", "a"]]}, "a pair twice"),
+        ({"comparisons": [["a", "a"]]}, "'a' against itself"),
         ({"arms": {"../a": []}}, "can't name a folder"),
         ({"arms": {"a": "x"}}, "arms"),
     ],
@@ -275,7 +305,7 @@ def study(tiny_model, tmp_path_factory):
     return folder, path, done, finished.stdout
 
 
-def test_a_study_makes_each_run_once_and_keeps_what_is_small(study):
+def test_a_study_makes_each_run_once_and_keeps_what_is_small(study, tiny_model):
     folder, path, done, shown = study
     for file, before in done.items():
         assert file.read_bytes() == before
@@ -285,6 +315,11 @@ def test_a_study_makes_each_run_once_and_keeps_what_is_small(study):
         *("study.yaml", "curves.csv", "report.md", "figure.png", "origin.json", "configs/a.yaml", "configs/faster.yaml")
     }
     assert (kept / "study.yaml").read_bytes() == path.read_bytes()
+    (origin,) = json.loads((kept / "origin.json").read_text())
+    assert origin["runs"] == {"a": [3, 1], "faster": [3, 1]}
+    assert origin["origin"]["versions"]["torch"] == torch.__version__
+    assert origin["origin"]["weights"] == {"model.safetensors": file_digest(Path(tiny_model) / "model.safetensors")}
+    assert "Not all runs" not in shown
     table = read_table(kept / "curves.csv")
     assert {arm: set(seeds) for arm, seeds in table.items()} == {"a": {1, 3}, "faster": {1, 3}}
     config = yaml.safe_load((kept / "configs" / "faster.yaml").read_text())
@@ -310,6 +345,23 @@ def test_figure_and_report_are_made_again_from_the_table(study, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "f.png").read_bytes() == (kept / "figure.png").read_bytes()
     assert result.stdout == f"{(kept / 'report.md').read_text()}\nFigure: {tmp_path / 'f.png'}\n"
+
+
+def test_results_are_written_from_what_a_finished_run_left(study, tmp_path, monkeypatch, capsys):
+    """Its run isn't needed any more; and runs of other origins are told apart."""
+    shutil.copytree(study[0] / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("version_*", "results"))
+    file = tmp_path / "runs/faster/seed_1/origin.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processor": "another"}))
+    monkeypatch.setattr(sys, "argv", ["aspo", "study", str(study[1]), "--folder", str(tmp_path / "runs")])
+    main()
+    assert capsys.readouterr().out.endswith(
+        "Not all runs come from the same code, versions, processor and weights: origin.json says which do.\n"
+    )
+    kept, before = (folder / "runs" / "results" for folder in (tmp_path, study[0]))
+    for name in ("curves.csv", "report.md", "figure.png", "configs/a.yaml"):
+        assert (kept / name).read_bytes() == (before / name).read_bytes()
+    found = json.loads((kept / "origin.json").read_text())
+    assert [one["runs"] for one in found] == [{"a": [3, 1], "faster": [3]}, {"faster": [1]}]
 
 
 def test_settings_that_have_changed_are_refused(study, tmp_path, monkeypatch):
@@ -376,3 +428,21 @@ def test_a_shipped_study_has_settings_and_curves_that_are_there(path, monkeypatc
     }
     for tag in (study.primary.tag, *(m.tag for m in study.secondary), *study.curves):
         assert tag in TAGS.keys() | evaluated
+
+
+REFERENCES = sorted((ROOT / "docs" / "reference").glob("*/study.yaml"))
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda p: p.parent.name)
+def test_a_reference_is_of_its_study_and_its_report_of_its_table(path, monkeypatch, capsys, tmp_path):
+    folder = path.parent
+    assert path.read_bytes() == (ROOT / "configs" / "studies" / f"{folder.name}.yaml").read_bytes()
+    study, table = read_study(path), read_table(folder / "curves.csv")
+    assert {(arm, seed) for arm, seeds in table.items() for seed in seeds} == set(study.cells)
+    assert {p.stem for p in (folder / "configs").iterdir()} == set(study.arms)
+    monkeypatch.setattr(sys, "argv", ["aspo", "report", str(folder), "--figure", str(tmp_path / "f.png")])
+    monkeypatch.chdir(ROOT)
+    main()
+    assert capsys.readouterr().out == f"{(folder / 'report.md').read_text()}\nFigure: {tmp_path / 'f.png'}\n"
+    runs = [one["runs"] for one in json.loads((folder / "origin.json").read_text())]
+    assert {(arm, seed) for one in runs for arm, seeds in one.items() for seed in seeds} == set(study.cells)

@@ -13,7 +13,7 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.run.disk import check_writable
 from aspo_lightning.shipped import find_config
 from aspo_lightning.study.cells import CellFolder, fit_all
-from aspo_lightning.study.folder import StudyResults
+from aspo_lightning.study.folder import StudyResults, origins
 from aspo_lightning.study.report import markdown
 from aspo_lightning.study.study import read_study
 
@@ -49,3 +49,5 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit("Stopped. The same command resumes the study.")
     results.write(source, study, cells)
     print(f"{markdown(study, results.table())}\n\nTable, figure and origin: {results.path}")
+    if len(origins(cells)) > 1:
+        print("Not all runs come from the same code, versions, processor and weights: origin.json says which do.")

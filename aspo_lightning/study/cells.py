@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from itertools import pairwise
 from pathlib import Path
@@ -16,17 +16,24 @@ from tqdm.auto import tqdm
 
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.curves import by_epoch, read_run
-from aspo_lightning.run.disk import write_text
+from aspo_lightning.run.disk import file_digest, write_text
 from aspo_lightning.run.folder import RunFolder, last_run
+from aspo_lightning.run.provenance import processor
 from aspo_lightning.shipped import find_config
 from aspo_lightning.study.study import Cell, Study
 from aspo_lightning.study.table import RunCurves, read_table, results, to_csv
+
+Origin = dict[str, object]
+"""Versions, processor and digests of weights."""
 
 ASPO = [sys.executable, "-P", "-m", "aspo_lightning.cli.start"]  # -P: as the script, which a random.py here can't break
 
 
 class CellFolder:
-    """What a study keeps of a cell: its run, ``log.txt``, ``asked.json``, and ``curves.csv`` once it is finished."""
+    """What a study keeps of a cell: its run, ``log.txt`` and ``asked.json``.
+
+    Once it is finished, ``config.yaml``, ``origin.json`` and ``curves.csv`` as well, and its run isn't needed any more.
+    """
 
     def __init__(self, study: Study, folder: Path, cell: Cell) -> None:
         self.cell = cell
@@ -34,6 +41,8 @@ class CellFolder:
         self.log = self.path / "log.txt"
         self._curves = self.path / "curves.csv"
         self._asked = self.path / "asked.json"
+        self._origin = self.path / "origin.json"
+        self._config = self.path / "config.yaml"
         self.arguments = [*study.arguments, *study.arms[cell.arm], "--seed_everything", str(cell.seed)]
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(study.threads)}
         self._process: subprocess.Popen[bytes] | None = None
@@ -46,6 +55,17 @@ class CellFolder:
     def curves(self) -> RunCurves:
         """Those of the finished run."""
         return read_table(self._curves)[self.cell.arm][self.cell.seed]
+
+    @property
+    def config(self) -> str:
+        """All settings of the finished run, as YAML."""
+        return self._config.read_text()
+
+    @property
+    def origin(self) -> Origin:
+        """Where the numbers of the finished run come from."""
+        found: Origin = json.loads(self._origin.read_text())
+        return found
 
     @property
     def run(self) -> RunFolder:
@@ -105,13 +125,30 @@ class CellFolder:
             raise RunError(f"{self.cell.arm}, seed {self.cell.seed} can't be read: {error}") from error
         if not curves:
             raise RunError(f"{self.cell.arm}, seed {self.cell.seed} has logged no curves; see {self.log}.")
-        write_text(self._curves, to_csv({self.cell.arm: {self.cell.seed: curves}}))
+        config = self.run.config() or {}
+        write_text(self._config, yaml.safe_dump(config, sort_keys=False))
+        write_text(self._origin, json.dumps(origin(self.run, config), indent=1) + "\n")
+        write_text(self._curves, to_csv({self.cell.arm: {self.cell.seed: curves}}))  # the last: now it is finished
 
     def end(self) -> None:
         """Ends the run, if it is going on; it can be resumed."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
+
+
+def origin(run: RunFolder, config: Mapping[str, object]) -> Origin:
+    """Versions, processor, and digests of the files that the run's model was loaded from, if they are here."""
+    begun = run.origin()
+    model = config.get("model")
+    name = model.get("model_name_or_path", "") if isinstance(model, Mapping) else ""
+    files = sorted(Path(name).expanduser().glob("*.safetensors"))
+    return {
+        "versions": begun.get("versions"),
+        "aspo_lightning": begun.get("aspo_lightning"),
+        "processor": processor(),
+        "weights": {file.name: file_digest(file) for file in files},
+    }
 
 
 def fit_all(cells: Sequence[CellFolder], jobs: int) -> None:

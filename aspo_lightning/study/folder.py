@@ -1,18 +1,23 @@
 """What a study leaves to keep: its question, its table and where its numbers come from, in small files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import yaml
+from typing import TypedDict
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.run.disk import file_digest, write_text
-from aspo_lightning.run.provenance import processor
-from aspo_lightning.study.cells import CellFolder
+from aspo_lightning.run.disk import write_text
+from aspo_lightning.study.cells import CellFolder, Origin
 from aspo_lightning.study.report import figure, markdown
 from aspo_lightning.study.study import Study, read_study
 from aspo_lightning.study.table import RunCurves, Table, read_table, to_csv
+
+
+class Shared(TypedDict):
+    """Runs, by arm and seed, whose numbers come from the same versions, processor and weights."""
+
+    runs: dict[str, list[int]]
+    origin: Origin
 
 
 class StudyResults:
@@ -49,13 +54,10 @@ class StudyResults:
         for cell in cells:
             table.setdefault(cell.cell.arm, {})[cell.cell.seed] = cell.curves
         write_text(self._curves, to_csv(table))
-        origins: dict[str, object] = {}
         for cell in cells:
             if cell.cell.seed == study.seeds[0]:
-                config = cell.run.config() or {}
-                write_text(self.path / "configs" / f"{cell.cell.arm}.yaml", yaml.safe_dump(config, sort_keys=False))
-                origins[cell.cell.arm] = _origin(cell, config)
-        write_text(self.path / "origin.json", json.dumps(origins, indent=1) + "\n")
+                write_text(self.path / "configs" / f"{cell.cell.arm}.yaml", cell.config)
+        write_text(self.path / "origin.json", json.dumps(origins(cells), indent=1) + "\n")
         write_text(self.path / "report.md", markdown(study, table) + "\n")
         figure(study, table, self.path / "figure.png")
 
@@ -74,15 +76,13 @@ class StudyResults:
         return arm, list(table[arm].values())
 
 
-def _origin(cell: CellFolder, config: Mapping[str, object]) -> dict[str, object]:
-    """Versions of the run; and, as of when results are written, the processor and digests of the model's files."""
-    origin = cell.run.origin()
-    model = config.get("model")
-    name = model.get("model_name_or_path", "") if isinstance(model, Mapping) else ""
-    files = sorted(Path(name).expanduser().glob("*.safetensors"))
-    return {
-        "versions": origin.get("versions"),
-        "aspo_lightning": origin.get("aspo_lightning"),
-        "processor": processor(),
-        "weights": {file.name: file_digest(file) for file in files},
-    }
+def origins(cells: Sequence[CellFolder]) -> list[Shared]:
+    """Those of the cells, each once."""
+    found: list[Shared] = []
+    for cell in cells:
+        same = next((one for one in found if one["origin"] == cell.origin), None)
+        if same is None:
+            same = {"runs": {}, "origin": cell.origin}
+            found.append(same)
+        same["runs"].setdefault(cell.cell.arm, []).append(cell.cell.seed)
+    return found

@@ -29,7 +29,19 @@ def markdown(study: Study, table: Table) -> str:
     """The planned comparisons, then all measures by arm."""
     note = "Means over seeds with 95% intervals (Student's; Welch's of differences)."
     compared = [comparisons(study, table)] if study.comparisons else []
-    return "\n\n".join([study.question.strip(), *compared, measures(study, table), note])
+    return "\n\n".join([study.question.strip(), *compared, *too_few(study), measures(study, table), note])
+
+
+def too_few(study: Study) -> list[str]:
+    """Says so where not even the largest difference would be found."""
+    seeds, tests = len(study.seeds), len(study.comparisons)
+    least = min(1.0, tests * statistics.smallest_chance(seeds, seeds))
+    if least <= 0.05:
+        return []
+    return [
+        f"{seeds} seeds can't show a difference here, however large: the smallest p of {tests} comparison"
+        f"{'s' * (tests > 1)} of so few runs is {least:.2f}."
+    ]
 
 
 def comparisons(study: Study, table: Table) -> str:

@@ -101,10 +101,14 @@ def holm(chances: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
+def smallest_chance(first: int, second: int) -> float:
+    """The smallest p that the permutation test of so many runs can have."""
+    return (2 if first == second else 1) / math.comb(first + second, first)
+
+
 def check_can_tell(first: int, second: int) -> None:
     """Raises ConfigError where so few runs can never differ at the level of 5%."""
-    least = 1 / math.comb(first + second, first) * (2 if first == second else 1)
-    if least > 0.05:
+    if (least := smallest_chance(first, second)) > 0.05:
         raise ConfigError(
             f"{first} and {second} runs can't be told apart whatever they are: the smallest chance that a test of "
             f"these has is {least:.2f}. Train with more seeds."

@@ -57,6 +57,10 @@ class Study:
         for pair in self.comparisons:
             if wrong := [arm for arm in pair if arm not in self.arms]:
                 raise ConfigError(f"comparisons has {wrong[0]!r}, which isn't an arm. Arms are {', '.join(self.arms)}.")
+        if len({frozenset(pair) for pair in self.comparisons}) < len(self.comparisons):
+            raise ConfigError("comparisons has a pair twice, which would count as two tests. Give each once.")
+        if same := [first for first, second in self.comparisons if first == second]:
+            raise ConfigError(f"comparisons holds {same[0]!r} against itself. Give two arms.")
         for name in ("arms", "seeds", "curves"):
             given = list(getattr(self, name))
             if not given or len(set(given)) < len(given):
