@@ -16,6 +16,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import pyplot
 from scipy import stats
 
 from aspo_lightning.cli.main import main
@@ -26,7 +27,7 @@ from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
 from aspo_lightning.study.against import against
 from aspo_lightning.study.cells import CellFolder
-from aspo_lightning.study.report import markdown
+from aspo_lightning.study.report import figure, markdown
 from aspo_lightning.study.study import Cell, Measure, read_study
 from aspo_lightning.study.table import read_table, results, to_csv
 from tests.support import tiny_study
@@ -198,6 +199,28 @@ def test_a_report_says_when_not_even_the_largest_difference_would_be_found(tmp_p
 def test_a_report_counts_comparisons_for_that(tmp_path):
     five = {"seeds": [1, 2, 3, 4], "arms": {"a": [], "b": [], "c": []}, "comparisons": [["a", "b"], ["a", "c"]]}
     assert "smallest p of 2 comparisons of so few runs is 0.06." in markdown(read_study(written(tmp_path, **five)), {})
+
+
+def test_the_figure_has_the_comparisons_and_every_arm_by_its_own_line(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    arms = {f"arm_{i:02}": [] for i in range(12)}
+    asked = {"arms": arms, "comparisons": [["arm_00", "arm_11"], ["arm_02", "arm_01"]], "seeds": [0, 1]}
+    study = read_study(written(tmp_path, **asked))
+    table = {f"arm_{i:02}": {s: {"eval/sums/avg@4": {0: 0.0, 1: i + s / 10}} for s in (0, 1)} for i in range(12)}
+    figure(study, table, tmp_path / "f.png")
+    compared, curves = drawn[0].axes
+    assert [label.get_text() for label in compared.get_yticklabels()] == ["arm_00 - arm_11", "arm_02 - arm_01"]
+    dots = [container.lines[0].get_xydata().tolist() for container in compared.containers]
+    assert np.allclose(dots, [[[-11, 0]], [[1, 1]]])
+    ends = [container.lines[2][0].get_segments()[0][:, 0] for container in compared.containers]
+    expected = [statistics.difference([0, 0.1], [11, 11.1]), statistics.difference([2, 2.1], [1, 1.1])]
+    assert np.allclose(ends, [[e.low, e.high] for e in expected])
+    assert compared.get_ylim()[0] > compared.get_ylim()[1]  # the first is at the top
+    lines = curves.get_lines()
+    assert np.allclose(lines[3].get_ydata(), [0, 3.05])
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == list(arms)
 
 
 def run(level, epochs=4, **other):

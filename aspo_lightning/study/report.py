@@ -1,7 +1,9 @@
 """What a study found: tables in Markdown, and a figure of its curves, both with intervals over seeds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,8 +13,8 @@ from aspo_lightning.study.statistics import Estimate
 from aspo_lightning.study.study import Measure, Study
 from aspo_lightning.study.table import RunCurves, Table, last, series
 
-COLUMNS = 4
-"""Charts beside each other."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def show(estimate: Estimate) -> str:
@@ -80,29 +82,48 @@ def _cell(found: Sequence[float], runs: int) -> str:
 
 
 def figure(study: Study, table: Table, path: Path) -> None:
-    """Writes a picture: a chart for each curve, a line for each arm, bands for the intervals."""
+    """Writes a picture: the comparisons; and a chart for each curve, a line for each arm, bands for the intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = -(-len(study.curves) // COLUMNS)
-    columns = min(COLUMNS, len(study.curves))
-    drawing, axes = pyplot.subplots(
-        rows, columns, figsize=(4 * columns, 3 * rows), constrained_layout=True, squeeze=False
-    )
-    for axis, tag in zip(axes.flat, study.curves, strict=False):
+    charts = len(study.curves) + bool(study.comparisons)
+    columns = math.ceil(math.sqrt(charts))
+    rows = -(-charts // columns)
+    drawing, grid = pyplot.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[charts:]:
+        axis.set_visible(False)
+    if study.comparisons:
+        _draw_comparisons(study, table, axes.pop(0))
+    for axis, tag in zip(axes, study.curves, strict=False):
         for i, arm in enumerate(study.arms):
             found = {epoch: statistics.mean(v) for epoch, v in series(table.get(arm, {}).values(), tag).items()}
             if found:
-                axis.plot(list(found), [e.value for e in found.values()], color=f"C{i}", linewidth=1.2)
+                style = "-" if i < 10 else "--"  # there are ten colors
+                axis.plot(
+                    list(found), [e.value for e in found.values()], style, color=f"C{i}", linewidth=1.2, label=arm
+                )
                 band = [[getattr(e, end) for e in found.values()] for end in ("low", "high")]
                 axis.fill_between(list(found), *band, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set(title=tag, xlabel="epoch")
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(study.curves) :]:
-        axis.set_visible(False)
-    lines = [pyplot.Line2D([], [], color=f"C{i}", label=arm) for i, arm in enumerate(study.arms)]
-    axes.flat[0].legend(handles=lines, fontsize="small")
+    labels = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    drawing.legend(handles=[*labels.values()], loc="outside lower center", ncols=min(len(labels) or 1, 2 * columns))
     drawing.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(drawing)
+
+
+def _draw_comparisons(study: Study, table: Table, axis: "Axes") -> None:
+    """Differences with their intervals, the first at the top."""
+    for at, pair in enumerate(study.comparisons):
+        found = [values(table.get(arm, {}), study.primary) for arm in pair]
+        if all(found):
+            value, low, high = statistics.difference(found[0], found[1])
+            axis.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="o", color="black", capsize=3)
+    axis.axvline(0, color="gray", linewidth=0.8)
+    names = [" - ".join(pair) for pair in study.comparisons]
+    axis.set(title=f"difference of {study.primary}", yticks=range(len(names)), yticklabels=names)
+    axis.set(ylim=(len(names) - 0.5, -0.5))
+    axis.grid(alpha=0.3, axis="x")
