@@ -69,6 +69,9 @@ def test_evaluations_side_by_side(tmp_path, capsys):
         f"| {other} | 25.0 (15.0-35.0) |",
     ]
     assert "| paper: Qwen3-4B + ASPO | 50.5 |" in lines
+    assert "| paper: Qwen3-4B | 23.6 ≈ |" in lines  # in the first row's interval
+    assert "| paper: DeepSeek-R1-Distill-Qwen-1.5B + GRPO | 42.1 |" in lines  # in none
+    assert "| paper: DeepSeek-R1-Distill-Qwen-1.5B | 30.6 ≈ |" in lines
     assert "Not the same: temperature is None, None, 1.0, None." in lines
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 

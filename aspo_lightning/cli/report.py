@@ -96,7 +96,7 @@ def comparison(results: Mapping[str, Result]) -> str:
     """Markdown: a row for each evaluation and, where it has the benchmarks, for each model of the paper.
 
     Scores in percent with 95% intervals. A score is marked where its difference to the first row's, problem by problem,
-    has an interval that holds 0.
+    has an interval that holds 0; the paper's, of which no problems are known, where the first row's interval holds it.
     """
     first = next(iter(results.values()))
     columns = {
@@ -117,11 +117,20 @@ def comparison(results: Mapping[str, Result]) -> str:
         rows.append(cells)
     for model, numbers in paper.ROWS.items():
         if any(column in numbers for column in columns):
-            rows.append([f"paper: {model}", *(f"{numbers[c]:.1f}" if c in numbers else "-" for c in columns)])
+            cells = [f"{numbers[c]:.1f}{' ≈' * _holds(first, c, numbers[c])}" if c in numbers else "-" for c in columns]
+            rows.append([f"paper: {model}", *cells])
     lines = [markdown_table(["model", *columns], rows)]
     if any("≈" in line for line in lines):
         lines += ["", "≈: not told apart from the first row: the 95% interval of the difference holds 0."]
+        lines[-1] += " Of the paper's: the first row's interval holds the number."
     return "\n".join([*lines, *other_settings(results)])
+
+
+def _holds(result: Result, column: str, percent: float) -> bool:
+    """Whether an evaluation's interval holds the number."""
+    name, key = column.rsplit("/", 1)
+    measured = measurements(result, name).get(key)
+    return measured is not None and measured["low"] <= percent / 100 <= measured["high"]
 
 
 def measurements(result: Result, benchmark: str) -> dict[str, Interval]:
