@@ -17,7 +17,7 @@ from aspo_lightning.datamodule import RolloutDataModule
 from aspo_lightning.objectives import Objective
 from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.tags import EVALUATION, TAGS, table
-from tests.support.commands import ROOT, aspo, aspo_forked, aspo_here
+from tests.support.commands import ASPO, ROOT, aspo, aspo_forked, aspo_here
 from tests.support.configs import tiny_config, write_config
 from tests.support.models import save_model, save_tokenizer
 
@@ -308,6 +308,14 @@ def test_an_error_is_one_line_without_traceback(finished):
     (line,) = [line for line in result.stderr.splitlines() if "error" in line.lower()]
     check_refused(line, "data.group_size is 1")
     assert "Traceback" not in result.stderr
+
+
+def test_a_tool_whose_output_nobody_reads_on_ends_without_a_word():
+    process = subprocess.Popen(
+        [ASPO, "configs", "quickstart"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 1)
 
 
 def test_a_model_without_tokenizer_and_a_row_without_answer_are_refused(finished, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The commands of ``aspo``."""
 
 import importlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -43,13 +44,23 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
         if command in TOOLS:
-            importlib.import_module(f"aspo_lightning.cli.{command}").main(sys.argv[2:])
+            use_tool(command)
         else:
             use_lightning(command)
     except (AspoError, ValueError) as error:
         if (cause := error_for_people(error)) is None:
             raise
         sys.exit(f"aspo: error: {cause}")
+
+
+def use_tool(command: str) -> None:
+    """Runs a command of its own. It ends without a word if nobody reads on (``aspo configs quickstart | head -1``)."""
+    try:
+        importlib.import_module(f"aspo_lightning.cli.{command}").main(sys.argv[2:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails over it once more at its end
+        sys.exit(1)
 
 
 def use_lightning(command: str) -> None:
