@@ -78,6 +78,8 @@ def test_evaluations_side_by_side(tmp_path, capsys):
 
 def test_what_is_no_result_is_told(tmp_path):
     result = write_result(tmp_path / "a", [1, 2])
+    with pytest.raises(ConfigError, match="--curves is of runs and studies, and .*a is an evaluation"):
+        report.main([result, "--curves", "policy/kl"])
     (tmp_path / "going_on").mkdir()
     (tmp_path / "going_on" / "settings.json").write_text("{}")
     with pytest.raises(ConfigError, match="isn't finished. Run the same command again"):

@@ -370,6 +370,20 @@ def test_figure_and_report_are_made_again_from_the_table(study, tmp_path):
     assert result.stdout == f"{(kept / 'report.md').read_text()}\nFigure: {tmp_path / 'f.png'}\n"
 
 
+def test_other_curves_of_a_study_are_drawn(study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    kept = str(study[0] / "runs" / "results")
+    monkeypatch.setattr(
+        sys, "argv", ["aspo", "report", kept, "--figure", str(tmp_path / "f.png"), "--curves", "policy/kl"]
+    )
+    main()
+    assert [axis.get_title() for axis in drawn[0].axes] == ["difference of rollout/reward, last 2", "policy/kl"]
+    for arguments in ([kept], [str(study[0] / "runs/a/seed_3/version_0")]):
+        said = aspo_here(monkeypatch, "report", *arguments, "--curves", "policy/kl", "x")
+        assert said.startswith("aspo: error: --curves has x, which isn't logged here. There are ")
+
+
 def test_results_are_written_from_what_a_finished_run_left(study, tmp_path, monkeypatch, capsys):
     """Its run isn't needed any more; and runs of other origins are told apart."""
     shutil.copytree(study[0] / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("version_*", "results"))

@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from aspo_lightning.errors import ConfigError
@@ -19,12 +20,8 @@ from aspo_lightning.study import report as study_report
 from aspo_lightning.study.folder import StudyResults
 from aspo_lightning.study.table import results as without_clocks
 
-PANELS = [
-    ("rollout/accuracy", "accuracy of the rollouts"),
-    ("policy/entropy", "entropy (nats)"),
-    ("policy/clip_fraction_positive", "clip fraction, A > 0"),
-    ("policy/clip_fraction_negative", "clip fraction, A < 0"),
-]
+CURVES = ["rollout/accuracy", "policy/entropy", "policy/clip_fraction_positive", "policy/clip_fraction_negative"]
+"""Drawn of runs, if nothing else is asked for."""
 
 DIFFERENT = 3
 """The exit status where runs aren't like the reference; 1 and 2 are errors."""
@@ -54,23 +51,31 @@ def change(before: Sequence[float], after: Sequence[float]) -> str:
     return f"{first:.2f} → {last:.2f} ({last - first:+.2f})"
 
 
-def figure(runs: Mapping[str, Curves], path: Path) -> None:
-    """Writes the panels as a picture."""
+def figure(runs: Mapping[str, Curves], tags: Sequence[str], path: Path) -> None:
+    """Writes a picture with a chart for each tag."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawing, axes = pyplot.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3), constrained_layout=True)
-    for axis, (tag, title) in zip(axes, PANELS, strict=True):
+    drawing, grid = pyplot.subplots(1, len(tags), figsize=(4 * len(tags), 3), layout="constrained", squeeze=False)
+    axes = grid[0]
+    for axis, tag in zip(axes, tags, strict=True):
         for name, curves in runs.items():
             points = curves.get(tag, [])
             axis.plot([step for step, _ in points], [value for _, value in points], label=name)
-        axis.set(title=title, xlabel="optimizer step", ylim=(0, None))
+        axis.set(title=tag, xlabel="optimizer step", ylim=(min(0, axis.get_ylim()[0]), None))
         axis.grid(alpha=0.3)
     axes[0].legend()
     drawing.savefig(path, dpi=110)
     pyplot.close(drawing)
+
+
+def check_curves(tags: Sequence[str], runs: Sequence[Mapping[str, object]]) -> None:
+    """Raises ConfigError for one that no run has."""
+    known = {tag for curves in runs for tag in curves}
+    if missing := [tag for tag in tags if tag not in known]:
+        raise ConfigError(f"--curves has {missing[0]}, which isn't logged here. There are {', '.join(sorted(known))}.")
 
 
 def read_result(path: Path) -> Result:
@@ -207,6 +212,7 @@ def main(arguments: Sequence[str]) -> None:
         "sources", nargs="+", type=Path, metavar="RUN_DIR | RESULT", help="runs/quickstart/version_0, or results/MODEL"
     )
     parser.add_argument("--figure", type=Path, default=Path("report.png"), help="where the figure goes (%(default)s)")
+    parser.add_argument("--curves", nargs="+", metavar="TAG", help="what is drawn of runs, or of a study")
     parser.add_argument(
         "--against",
         type=Path,
@@ -222,7 +228,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("--arm is of --against, which wasn't given.")
     if len(options.sources) == 1 and (kept := StudyResults(options.sources[0])).exists:
         study, found = kept.study(), kept.table()
-        study_report.figure(study, found, options.figure)
+        drawn = options.curves or study.curves
+        check_curves(options.curves or [], [curves for seeds in found.values() for curves in seeds.values()])
+        study_report.figure(replace(study, curves=drawn), found, options.figure)
         print(f"{study_report.markdown(study, found)}\n\nFigure: {options.figure}")
         return
     evaluations = [p for p in options.sources if p.suffix == ".json" or (p / "settings.json").is_file()]
@@ -230,11 +238,15 @@ def main(arguments: Sequence[str]) -> None:
         other = next(p for p in options.sources if p not in evaluations)
         raise ConfigError(f"{evaluations[0]} is an evaluation and {other} is not. Report on runs or on evaluations.")
     if evaluations:
+        if options.curves:
+            raise ConfigError(f"--curves is of runs and studies, and {evaluations[0]} is an evaluation.")
         results = {str(p.parent if p.name == RESULT else p): read_result(p) for p in evaluations}
         intervals_figure(results, options.figure)
         text = comparison(results)
     else:
         runs = {f"{p.resolve().parent.name}/{p.resolve().name}": read_run(p) for p in options.sources}
-        figure(runs, options.figure)
+        drawn = options.curves or CURVES
+        check_curves(options.curves or [], list(runs.values()))
+        figure(runs, drawn, options.figure)
         text = table(runs)
     print(f"{text}\n\nFigure: {options.figure}")
