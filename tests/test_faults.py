@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aspo_lightning.run.folder import RunFolder
+from aspo_lightning.run.disk import lock
 from tests.support.faulty_runs import EPOCHS, FaultyRuns
 from tests.support.processes import eventually
 from tests.support.ranks import Ranks
@@ -183,7 +183,7 @@ def test_other_mathematics_is_told_and_takes_a_flag(rank):
 
 def test_two_runs_in_one_folder_are_refused(rank):
     assert rank.fit("both", "--trainer.max_epochs", "1") == 0
-    with RunFolder(rank.run("both")).lock():
+    with lock(rank.run("both")):
         assert rank.fit("both", "--ckpt_path", str(rank.run("both"))) == 1
     assert "Another run is writing to" in rank.text("both")
     assert [p.name for p in rank.run("both").glob("config*")] == ["config.yaml"]

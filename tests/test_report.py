@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from matplotlib import pyplot
 from torch.utils.tensorboard import SummaryWriter
 
 from aspo_lightning.cli import report
@@ -24,6 +25,22 @@ def test_the_table_has_both_ends_of_the_curve_and_of_each_benchmark(tmp_path, ca
     assert lines[0] == "| run | accuracy, first 5 → last 5 epochs | sums/avg@4 |"
     assert lines[2] == "| name/version_0 | 0.00 → 0.50 (+0.50) | 0.25 → 0.75 (+0.50) |"
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart_and_drawn_with_the_curves_asked_for(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    runs = [tmp_path / arm / "seed_0" / "version_0" for arm in ("a", "b")]
+    for run, after in zip(runs, (0.5, 0.75), strict=True):
+        write_run(run, [0.0] * 5, 0.25, after)
+    report.main([*map(str, runs), "--figure", str(tmp_path / "f.png"), "--curves", "policy/entropy"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| a/seed_0/version_0", "| b/seed_0/version_0"]
+    assert [line.split(" | ")[2] for line in lines[2:4]] == ["0.25 → 0.50 (+0.25) |", "0.25 → 0.75 (+0.50) |"]
+    assert [axis.get_title() for axis in drawn[0].axes] == ["policy/entropy"]
+    assert [line.get_ydata().tolist() for line in drawn[0].axes[0].get_lines()] == [[1.0] * 5] * 2
+    with pytest.raises(ConfigError, match="version_0 is given twice"):
+        report.main([str(runs[0]), str(runs[0])])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

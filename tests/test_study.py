@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -22,14 +23,14 @@ from scipy import stats
 from aspo_lightning.cli.main import main
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.curves import BEFORE, by_epoch
-from aspo_lightning.run.disk import file_digest
+from aspo_lightning.run.disk import file_digest, lock
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
 from aspo_lightning.study.against import against
 from aspo_lightning.study.cells import CellFolder
 from aspo_lightning.study.report import figure, markdown
 from aspo_lightning.study.study import Cell, Measure, read_study
-from aspo_lightning.study.table import read_table, results, to_csv
+from aspo_lightning.study.table import last, read_table, results, to_csv
 from tests.support import tiny_study
 from tests.support.commands import ASPO, ROOT, aspo, aspo_here
 
@@ -102,6 +103,8 @@ def test_many_runs_are_split_at_random_the_given_way_first():
     weights = statistics.splits(20, 20)
     assert weights.shape == (statistics.MOST_SPLITS, 40)
     assert (weights[0] == np.array([1 / 20] * 20 + [-1 / 20] * 20)).all()
+    assert len(np.unique(weights > 0, axis=0)) > statistics.MOST_SPLITS - 10
+    assert np.allclose((weights > 0).mean(0), 0.5, atol=0.02)  # any run may be on either side
     assert weights.sum(1) == pytest.approx(0)
 
 
@@ -155,15 +158,15 @@ def test_a_changed_config_is_noticed_however_it_is_named(tmp_path):
     for number, named in enumerate((["--config", str(config)], ["-c", str(config)], [f"--config={config}"])):
         config.write_text("{data: {group_size: 4}}")
         study = read_study(written(tmp_path, arguments=named))
-        CellFolder(study, tmp_path / str(number), Cell("a", 3)).check()
+        CellFolder(study, tmp_path / str(number), Cell("a", 3)).claim()
         config.write_text("{data: {group_size: 4}} # a comment")
-        CellFolder(study, tmp_path / str(number), Cell("a", 3)).check()
+        CellFolder(study, tmp_path / str(number), Cell("a", 3)).claim()
         config.write_text("{data: {group_size: 5}}")
         with pytest.raises(ConfigError, match="begun with other settings"):
-            CellFolder(study, tmp_path / str(number), Cell("a", 3)).check()
+            CellFolder(study, tmp_path / str(number), Cell("a", 3)).claim()
         config.write_text("data: [")
         with pytest.raises(ConfigError, match="A config that a names isn't YAML"):
-            CellFolder(study, tmp_path / str(number), Cell("a", 3)).check()
+            CellFolder(study, tmp_path / str(number), Cell("a", 3)).claim()
 
 
 def test_a_report_says_of_how_many_runs_a_number_is_and_takes_tables_in_part(tmp_path):
@@ -194,6 +197,15 @@ def test_a_report_says_when_not_even_the_largest_difference_would_be_found(tmp_p
     assert (said in text) == (least is not None)
     if least is not None:
         assert f"{said}{least}." in text
+
+
+def test_a_measure_is_of_the_last_epoch_or_of_none():
+    """An evaluation that wasn't made after the last epoch is of other weights."""
+    curves = {"eval/a": {-1: 0.1, 2: 0.5, 4: 0.7}, "eval/b": {-1: 0.1, 2: 0.5}, "c": {0: 1.0, 3: 2.0, 4: 4.0}}
+    assert last(curves, "eval/a") == 0.7
+    assert last(curves, "c", 2) == 3
+    assert math.isnan(last(curves, "eval/b"))
+    assert math.isnan(last(curves, "d"))
 
 
 def test_a_report_counts_comparisons_for_that(tmp_path):
@@ -290,6 +302,9 @@ def test_a_study_is_read_with_its_cells_seed_by_seed(tmp_path):
         ({"comparisons": [["a", "b"], ["b", "a"]]}, "a pair twice"),
         ({"comparisons": [["a", "a"]]}, "'a' against itself"),
         ({"arms": {"../a": []}}, "can't name a folder"),
+        ({"arms": {"results": []}, "comparisons": []}, "can't name a folder"),
+        ({"arguments": ["--seed_everything", "1"]}, "--seed_everything is what the study gives each run itself"),
+        ({"arms": {"a": ["--trainer.default_root_dir=x"], "b": []}}, "--trainer.default_root_dir=x is what the study"),
         ({"arms": {"a": "x"}}, "arms"),
     ],
 )
@@ -307,24 +322,36 @@ def test_what_isnt_a_study_at_all_is_refused(tmp_path):
         read_study(tmp_path / "none.yaml")
 
 
+def under_way(folder):
+    """Whether a run is in its first epochs."""
+    logs = [p.read_text() for p in folder.rglob("log.txt") if not (p.parent / "curves.csv").exists()]
+    return any("epoch    0 |" in text and "epoch    2 |" not in text for text in logs)
+
+
 @pytest.fixture(scope="module")
 def study(tiny_model, tmp_path_factory):
     """Two arms and two seeds of the tiny model, interrupted once."""
     folder = tmp_path_factory.mktemp("study")
     path = written(folder, **tiny_study.asked(tiny_model, folder))
     command = [ASPO, "study", str(path), "--folder", str(folder / "runs"), "--jobs", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not list(folder.glob("runs/*/*/curves.csv")):  # one of four is finished
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while not (list(folder.glob("runs/*/*/curves.csv")) and under_way(folder)):  # one of four is finished
         assert process.poll() is None, process.stdout.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
     said, _ = process.communicate(timeout=60)
     assert said.endswith("Stopped. The same command resumes the study.\n")
+    assert "SIGTERM: stopping when this epoch has ended" in "".join(p.read_text() for p in folder.rglob("log.txt"))
     done = {p: p.read_bytes() for p in folder.glob("runs/*/*/curves.csv")}
     assert len(done) < len(list(folder.glob("runs/*/*/log.txt")))  # what was under way has ended early
     assert not subprocess.run(["pgrep", "-f", f"fit.*{folder}"], capture_output=True).stdout  # none goes on alone
     finished = aspo(*command[1:])
     assert finished.returncode == 0, finished.stderr
+    resumed = [p for p in folder.rglob("log.txt") if "Resuming from" in p.read_text()]
+    assert resumed
+    assert all(len(list(p.parent.glob("version_*"))) == 1 for p in resumed)
     return folder, path, done, finished.stdout
 
 
@@ -414,6 +441,13 @@ def test_settings_that_have_changed_are_refused(study, tmp_path, monkeypatch):
     assert "--jobs is 0; it must be at least 1" in aspo_here(monkeypatch, "study", str(path), "--jobs", "0")
 
 
+def test_a_folder_takes_one_study_at_a_time(study, monkeypatch):
+    folder, path, _, _ = study
+    with lock(folder / "runs"):
+        said = aspo_here(monkeypatch, "study", str(path), "--folder", str(folder / "runs"))
+    assert said.startswith(f"aspo: error: Another run is writing to {folder}/runs.")
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_made(study, tmp_path):
     asked = yaml.safe_load(study[1].read_text())
     asked |= {"arms": {"bad": ["--data.group_size", "1"], "good": []}, "seeds": [3], "comparisons": []}
@@ -447,6 +481,9 @@ def test_runs_are_held_against_a_reference(study, monkeypatch, capsys):
     assert "has no arm 'c'. It has a, faster" in report("a", "--against", str(kept), "--arm", "c")[0]
     assert "holds no study.yaml" in report("a", "--against", str(kept.parent))[0]
     assert "--arm is of --against" in report("a", "--arm", "a")[0]
+    assert "is given twice" in report("a", "--against", str(tiny_study.REFERENCE), seeds=[3, 3])[0]
+    assert "--against draws none" in report("a", "--against", str(kept), "--figure", "f.png")[0]
+    assert "--against draws none" in report("a", "--against", str(kept), "--curves", "policy/kl")[0]
 
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -458,13 +495,11 @@ def test_a_shipped_study_has_settings_and_curves_that_are_there(path, monkeypatc
     for arguments in study.arms.values():
         assert aspo_here(monkeypatch, "fit", *study.arguments, *arguments, "--print_config") == 0
         printed = yaml.safe_load(capsys.readouterr().out)
-    evaluated = {
-        f"eval/{task}/{measure}@{printed['data']['eval_group_size']}"
-        for task in printed["data"]["val"]
-        for measure in ("avg", "pass")
-    }
-    for tag in (study.primary.tag, *(m.tag for m in study.secondary), *study.curves):
-        assert tag in TAGS.keys() | evaluated
+        trainer, data = printed["trainer"], printed["data"]
+        assert trainer["max_epochs"] % trainer["check_val_every_n_epoch"] == 0  # or the last weights aren't evaluated
+        evaluated = {f"eval/{task}/{m}@{data['eval_group_size']}" for task in data["val"] for m in ("avg", "pass")}
+        for tag in (study.primary.tag, *(m.tag for m in study.secondary), *study.curves):
+            assert tag in TAGS.keys() | evaluated
 
 
 REFERENCES = sorted((ROOT / "docs" / "reference").glob("*/study.yaml"))

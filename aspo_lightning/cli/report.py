@@ -71,6 +71,22 @@ def figure(runs: Mapping[str, Curves], tags: Sequence[str], path: Path) -> None:
     pyplot.close(drawing)
 
 
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The ends of the runs' paths, as long as it takes to tell them apart.
+
+    Raises:
+        ConfigError: if a run is given twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
+        raise ConfigError(f"{twice[0]} is given twice. Give each run once.")
+    return next(
+        ends
+        for parts in range(2, 2 + max(len(path.parts) for path in paths))
+        if len(set(ends := ["/".join(path.parts[-parts:]) for path in paths])) == len(paths)
+    )
+
+
 def check_curves(tags: Sequence[str], runs: Sequence[Mapping[str, object]]) -> None:
     """Raises ConfigError for one that no run has."""
     known = {tag for curves in runs for tag in curves}
@@ -198,6 +214,7 @@ def hold_against(folders: Sequence[Path], results: StudyResults, arm: str | None
         raise ConfigError(
             f"--against is {results.path}, which holds no study.yaml and curves.csv. Give a study's results."
         )
+    labels(folders)  # each once: a run that counts twice makes the test wrong
     name, reference = results.arm(arm)
     new = [without_clocks(by_epoch(read_run(folder))) for folder in folders]
     verdict = against.against(reference, new)
@@ -211,7 +228,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="RUN_DIR | RESULT", help="runs/quickstart/version_0, or results/MODEL"
     )
-    parser.add_argument("--figure", type=Path, default=Path("report.png"), help="where the figure goes (%(default)s)")
+    parser.add_argument("--figure", type=Path, help="where the figure goes (report.png)")
     parser.add_argument("--curves", nargs="+", metavar="TAG", help="what is drawn of runs, or of a study")
     parser.add_argument(
         "--against",
@@ -222,16 +239,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--arm", help="which of the study's arms they are held against, if it has several")
     options = parser.parse_args(arguments)
     if options.against is not None:
+        if options.figure or options.curves:
+            raise ConfigError("--figure and --curves are of a picture, and --against draws none.")
         hold_against(options.sources, StudyResults(options.against), options.arm)
         return
     if options.arm is not None:
         raise ConfigError("--arm is of --against, which wasn't given.")
+    picture = options.figure or Path("report.png")
     if len(options.sources) == 1 and (kept := StudyResults(options.sources[0])).exists:
         study, found = kept.study(), kept.table()
         drawn = options.curves or study.curves
         check_curves(options.curves or [], [curves for seeds in found.values() for curves in seeds.values()])
-        study_report.figure(replace(study, curves=drawn), found, options.figure)
-        print(f"{study_report.markdown(study, found)}\n\nFigure: {options.figure}")
+        study_report.figure(replace(study, curves=drawn), found, picture)
+        print(f"{study_report.markdown(study, found)}\n\nFigure: {picture}")
         return
     evaluations = [p for p in options.sources if p.suffix == ".json" or (p / "settings.json").is_file()]
     if evaluations and len(evaluations) < len(options.sources):
@@ -241,12 +261,12 @@ def main(arguments: Sequence[str]) -> None:
         if options.curves:
             raise ConfigError(f"--curves is of runs and studies, and {evaluations[0]} is an evaluation.")
         results = {str(p.parent if p.name == RESULT else p): read_result(p) for p in evaluations}
-        intervals_figure(results, options.figure)
+        intervals_figure(results, picture)
         text = comparison(results)
     else:
-        runs = {f"{p.resolve().parent.name}/{p.resolve().name}": read_run(p) for p in options.sources}
+        runs = dict(zip(labels(options.sources), map(read_run, options.sources), strict=True))
         drawn = options.curves or CURVES
         check_curves(options.curves or [], list(runs.values()))
-        figure(runs, drawn, options.figure)
+        figure(runs, drawn, picture)
         text = table(runs)
-    print(f"{text}\n\nFigure: {options.figure}")
+    print(f"{text}\n\nFigure: {picture}")

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.run.disk import check_writable
+from aspo_lightning.run.disk import check_writable, lock
 from aspo_lightning.shipped import find_config
 from aspo_lightning.study.cells import CellFolder, fit_all
 from aspo_lightning.study.folder import StudyResults, origins
 from aspo_lightning.study.report import markdown
-from aspo_lightning.study.study import read_study
+from aspo_lightning.study.study import RESULTS, Study, read_study
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,17 +32,25 @@ def main(arguments: Sequence[str]) -> None:
     source = Path(find_config(options.study))
     study = read_study(source)
     folder = options.folder or Path("runs") / "studies" / source.stem
-    at_a_time = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // study.threads)
+    at_a_time = 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // study.threads)
     jobs = at_a_time if options.jobs is None else options.jobs
     if jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
-    cells = [CellFolder(study, folder, cell) for cell in study.cells]
     check_writable(folder, "--folder")
-    results = StudyResults(folder / "results")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # its runs end with it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
+    with lock(folder):
+        make(study, source, folder, jobs)
+
+
+def make(study: Study, source: Path, folder: Path, jobs: int) -> None:
+    """Trains what isn't finished, and reports; ``source`` is the study's file."""
+    cells = [CellFolder(study, folder, cell) for cell in study.cells]
+    results = StudyResults(folder / RESULTS)
     results.check(study)
     for cell in cells:
-        cell.check()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs end with it
+        cell.claim()
     try:
         fit_all(cells, jobs)
     except KeyboardInterrupt:

@@ -1,9 +1,11 @@
 """Files that are written whole or not at all."""
 
+import fcntl
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
 import xxhash
 
@@ -42,6 +44,22 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(folder: Path) -> TextIO:
+    """Keeps other runs and studies out of a folder, for as long as the file is open.
+
+    Raises:
+        RunError: if one is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise RunError(f"Another run is writing to {folder}. Wait for its end, or start this one again.") from error
+    return file
 
 
 def write_bytes(path: Path, content: bytes) -> None:

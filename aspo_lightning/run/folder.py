@@ -1,6 +1,5 @@
 """Where a run lives, whatever logs it: ``trainer.default_root_dir/version_N``, and what is where in that folder."""
 
-import fcntl
 import itertools
 import json
 import math
@@ -14,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from aspo_lightning.errors import AspoError, ConfigError, RunError
 from aspo_lightning.run.checkpoints import METADATA, check_whole, metadata, trained_steps
-from aspo_lightning.run.disk import write_text
+from aspo_lightning.run.disk import lock, write_text
 from aspo_lightning.run.lightning import callback_of
 from aspo_lightning.run.provenance import git_revision, versions
 
@@ -96,22 +95,6 @@ class RunFolder:
             "ranks": ranks,
         }
         write_text(self._origin(number), json.dumps(origin, indent=1) + "\n")
-
-    def lock(self) -> TextIO:
-        """Keeps other runs out of the folder, for as long as the file is open.
-
-        Raises:
-            RunError: if one is in it.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"Another run is writing to {self.path}. Wait for its end, or start this one again."
-            ) from error
-        return file
 
     def has_checkpoints(self) -> bool:
         return any(self.checkpoints.glob("*.ckpt"))
@@ -213,7 +196,7 @@ class RunRecord(Callback):
             return
         self.folder = RunFolder(trainer.strategy.broadcast(self.folder.path))
         if trainer.is_global_zero:
-            self._lock = self.folder.lock()
+            self._lock = lock(self.folder.path)
             self.folder.record(self.config, trainer.world_size)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

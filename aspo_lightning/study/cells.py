@@ -46,6 +46,7 @@ class CellFolder:
         self.arguments = [*study.arguments, *study.arms[cell.arm], "--seed_everything", str(cell.seed)]
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(study.threads)}
         self._process: subprocess.Popen[bytes] | None = None
+        self._ended = False
 
     @property
     def finished(self) -> bool:
@@ -69,15 +70,19 @@ class CellFolder:
 
     @property
     def run(self) -> RunFolder:
-        """Its run with the most in it.
+        """Its newest run that has a checkpoint.
 
         Raises:
-            ConfigError: if it has no checkpoint yet.
+            ConfigError: if there is none yet.
         """
         return last_run(self.path)
 
-    def check(self) -> None:
-        """Raises ConfigError if the cell was begun with other settings, or has a config that isn't YAML."""
+    def claim(self) -> None:
+        """Notes what the cell is asked.
+
+        Raises:
+            ConfigError: if it was begun with other settings, or has a config that isn't YAML.
+        """
         asked = json.dumps(self._settings(), indent=1, default=str) + "\n"
         if not self._asked.exists():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,8 +118,14 @@ class CellFolder:
         with contextlib.suppress(ConfigError):  # there is none: from the start
             command += ["--ckpt_path", str(self.run.path)]
         with self.log.open("ab") as log:
+            # In a session of its own, or Ctrl-C would reach it a second time, which ends it without a checkpoint.
             self._process = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             status = self._process.wait()
         if status:
@@ -131,10 +142,10 @@ class CellFolder:
         write_text(self._curves, to_csv({self.cell.arm: {self.cell.seed: curves}}))  # the last: now it is finished
 
     def end(self) -> None:
-        """Ends the run, if it is going on; it can be resumed."""
-        if self._process is not None and self._process.poll() is None:
+        """Asks the run to end after its epoch, once; it can be resumed."""
+        if self._process is not None and not self._ended:
+            self._ended = True
             self._process.terminate()
-            self._process.wait()
 
 
 def origin(run: RunFolder, config: Mapping[str, object]) -> Origin:
@@ -157,14 +168,14 @@ def fit_all(cells: Sequence[CellFolder], jobs: int) -> None:
     Raises:
         RunError: if some failed.
     """
-    failed: list[RunError] = []
+    failed: list[RunError | OSError] = []
     missing = [cell for cell in cells if not cell.finished]
     pool = ThreadPoolExecutor(jobs)
     runs = [pool.submit(cell.fit) for cell in missing]
     try:
         for run in progress(runs, len(cells) - len(missing), len(cells)):
             error = run.exception()
-            if isinstance(error, RunError):
+            if isinstance(error, (RunError, OSError)):
                 failed.append(error)
                 tqdm.write(str(error), file=sys.stderr)
             elif error is not None:

@@ -60,7 +60,7 @@ def comparisons(study: Study, table: Table) -> str:
     for pair, p, adjusted in zip(study.comparisons, chances, statistics.holm(chances), strict=True):
         said = ["-"] * 3
         if whole.issuperset(pair):
-            said = [show(statistics.difference(*(found[arm] for arm in pair))), f"{p:.3f}", f"{adjusted:.3f}"]
+            said = [show(statistics.difference(*(found[arm] for arm in pair))), f"{p:.3g}", f"{adjusted:.3g}"]
         rows.append([" - ".join(pair), *said])
     return markdown_table(["comparison", f"difference of {study.primary}", "p", "p, Holm"], rows)
 

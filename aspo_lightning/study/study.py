@@ -9,6 +9,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from aspo_lightning.errors import ConfigError
 
+RESULTS = "results"
+"""The folder beside those of the arms in which a study keeps what is small."""
+
+GIVEN = ("--seed_everything", "--trainer.default_root_dir")
+"""Arguments that each run gets from its study."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -44,7 +50,7 @@ class Study:
     primary: Measure
     """What is tested; nothing else is."""
     comparisons: list[tuple[str, str]] = field(default_factory=list)
-    """Pairs of arms that are tested, by exact permutation of their runs, with Holm's adjustment for their number."""
+    """Pairs of arms that are tested by permutation of their runs, with Holm's adjustment for their number."""
     secondary: list[Measure] = field(default_factory=list)
     """What is shown beside it, without a test."""
     threads: int = 1
@@ -52,8 +58,11 @@ class Study:
 
     def __post_init__(self) -> None:
         for name in self.arms:
-            if not name or name.startswith(".") or "/" in name:
-                raise ConfigError(f"arms has {name!r}, which can't name a folder. Choose another name.")
+            if not name or name.startswith(".") or "/" in name or name == RESULTS:
+                raise ConfigError(f"arms has {name!r}, which can't name a folder of runs. Choose another name.")
+        given = [part for arguments in (self.arguments, *self.arms.values()) for part in arguments]
+        if taken := [part for part in given if part.split("=", 1)[0] in GIVEN]:
+            raise ConfigError(f"{taken[0]} is what the study gives each run itself. Leave it out; seeds has the seeds.")
         for pair in self.comparisons:
             if wrong := [arm for arm in pair if arm not in self.arms]:
                 raise ConfigError(f"comparisons has {wrong[0]!r}, which isn't an arm. Arms are {', '.join(self.arms)}.")
@@ -62,9 +71,9 @@ class Study:
         if same := [first for first, second in self.comparisons if first == second]:
             raise ConfigError(f"comparisons holds {same[0]!r} against itself. Give two arms.")
         for name in ("arms", "seeds", "curves"):
-            given = list(getattr(self, name))
-            if not given or len(set(given)) < len(given):
-                raise ConfigError(f"{name} are {given}. Give at least one, and each once.")
+            listed = list(getattr(self, name))
+            if not listed or len(set(listed)) < len(listed):
+                raise ConfigError(f"{name} are {listed}. Give at least one, and each once.")
         for name, value in (
             ("threads", self.threads),
             *(("epochs", m.epochs) for m in (self.primary, *self.secondary)),

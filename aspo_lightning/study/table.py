@@ -72,9 +72,12 @@ def read_table(path: Path) -> Table:
 
 
 def last(curves: RunCurves, tag: str, epochs: int = 1) -> float:
-    """The mean of the last values of a curve; NaN if there are none."""
-    values = [value for _, value in sorted(curves.get(tag, {}).items())][-epochs:]
-    return sum(values) / len(values) if values else math.nan
+    """The mean of the last values of a curve; NaN if it has none in the run's last epoch."""
+    found = sorted(curves.get(tag, {}).items())
+    if not found or found[-1][0] != epochs_of(curves) - 1:
+        return math.nan
+    values = [value for _, value in found][-epochs:]
+    return sum(values) / len(values)
 
 
 def epochs_of(curves: RunCurves) -> int:
