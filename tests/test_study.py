@@ -22,7 +22,7 @@ from scipy import stats
 
 from aspo_lightning.cli.main import main
 from aspo_lightning.errors import ConfigError, RunError
-from aspo_lightning.run.curves import BEFORE, by_epoch
+from aspo_lightning.run.curves import BEFORE, by_epoch, read_run
 from aspo_lightning.run.disk import file_digest, lock
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
@@ -173,12 +173,12 @@ def test_a_report_says_of_how_many_runs_a_number_is_and_takes_tables_in_part(tmp
     study = read_study(written(tmp_path))
     curves = {"eval/sums/avg@4": {0: 0.5}}
     table = {"a": {1: curves, 3: {"eval/sums/avg@4": {0: math.nan}}}}
-    lines = markdown(study, table).splitlines()
+    lines = markdown(study, table, {}).splitlines()
     assert "| a | 2 | 0.5 [nan, nan] (1 of 2) |" in lines
     assert "| b | 0 | - |" in lines
     assert "| a - b | - | - | - |" in lines
     table["b"] = {1: curves, 3: curves}
-    assert "| a - b | - | - | - |" in markdown(study, table).splitlines()  # of what is left of a
+    assert "| a - b | - | - | - |" in markdown(study, table, {}).splitlines()  # of what is left of a
 
 
 @pytest.mark.parametrize(("seeds", "least"), [(1, "1.00"), (3, "0.10"), (4, None), (5, None)])
@@ -188,7 +188,7 @@ def test_a_report_says_when_not_even_the_largest_difference_would_be_found(tmp_p
         arm: {s: {"eval/sums/avg@4": {0: level + s / 100}} for s in range(seeds)}
         for arm, level in {"a": 0, "b": 1}.items()
     }
-    text = markdown(study, far)
+    text = markdown(study, far, {})
     p = text.split("| a - b | ")[1].split(" | ")[1]
     assert float(p) == pytest.approx(2 / math.comb(2 * seeds, seeds), abs=5e-4)  # the smallest there is
     said = (
@@ -210,7 +210,9 @@ def test_a_measure_is_of_the_last_epoch_or_of_none():
 
 def test_a_report_counts_comparisons_for_that(tmp_path):
     five = {"seeds": [1, 2, 3, 4], "arms": {"a": [], "b": [], "c": []}, "comparisons": [["a", "b"], ["a", "c"]]}
-    assert "smallest p of 2 comparisons of so few runs is 0.06." in markdown(read_study(written(tmp_path, **five)), {})
+    assert "smallest p of 2 comparisons of so few runs is 0.06." in markdown(
+        read_study(written(tmp_path, **five)), {}, {}
+    )
 
 
 def test_the_figure_has_the_comparisons_and_every_arm_by_its_own_line(tmp_path, monkeypatch):
@@ -362,7 +364,8 @@ def test_a_study_makes_each_run_once_and_keeps_what_is_small(study, tiny_model):
         assert len(list(file.parent.glob("version_*"))) == 1
     kept = folder / "runs" / "results"
     assert {str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file()} == {
-        *("study.yaml", "curves.csv", "report.md", "figure.png", "origin.json", "configs/a.yaml", "configs/faster.yaml")
+        *("study.yaml", "curves.csv", "seconds.csv", "report.md", "figure.png", "origin.json"),
+        *("configs/a.yaml", "configs/faster.yaml"),
     }
     assert (kept / "study.yaml").read_bytes() == path.read_bytes()
     (origin,) = json.loads((kept / "origin.json").read_text())
@@ -378,6 +381,10 @@ def test_a_study_makes_each_run_once_and_keeps_what_is_small(study, tiny_model):
     row = next(line for line in shown.splitlines() if line.startswith("| a - faster |"))
     assert f"{np.mean(reward['a']) - np.mean(reward['faster']):.3g} [" in row
     assert shown.startswith("Which?\n")
+    logged = [by_epoch(read_run(folder / "runs" / "a" / f"seed_{seed}" / "version_0")) for seed in (3, 1)]
+    took = [sum(v for tag, at in run.items() if tag.startswith("time/") for v in at.values()) for run in logged]
+    row = next(line for line in shown.splitlines() if line.startswith("| a | 2 |"))
+    assert row.split(" | ")[-1].startswith(f"{np.mean(took):.3g} [")
 
 
 def test_a_cell_made_again_alone_has_the_same_curves_to_the_bit(study, tmp_path):

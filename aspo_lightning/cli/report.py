@@ -251,7 +251,7 @@ def main(arguments: Sequence[str]) -> None:
         drawn = options.curves or study.curves
         check_curves(options.curves or [], [curves for seeds in found.values() for curves in seeds.values()])
         study_report.figure(replace(study, curves=drawn), found, picture)
-        print(f"{study_report.markdown(study, found)}\n\nFigure: {picture}")
+        print(f"{kept.report()}\n\nFigure: {picture}")
         return
     evaluations = [p for p in options.sources if p.suffix == ".json" or (p / "settings.json").is_file()]
     if evaluations and len(evaluations) < len(options.sources):

@@ -14,7 +14,6 @@ from aspo_lightning.run.disk import check_writable, lock
 from aspo_lightning.shipped import find_config
 from aspo_lightning.study.cells import CellFolder, fit_all
 from aspo_lightning.study.folder import StudyResults, origins
-from aspo_lightning.study.report import markdown
 from aspo_lightning.study.study import RESULTS, Study, read_study
 
 
@@ -56,6 +55,6 @@ def make(study: Study, source: Path, folder: Path, jobs: int) -> None:
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command resumes the study.")
     results.write(source, study, cells)
-    print(f"{markdown(study, results.table())}\n\nTable, figure and origin: {results.path}")
+    print(f"{results.report()}\n\nTable, figure and origin: {results.path}")
     if len(origins(cells)) > 1:
         print("Not all runs come from the same code, versions, processor and weights: origin.json says which do.")

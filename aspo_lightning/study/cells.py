@@ -21,7 +21,7 @@ from aspo_lightning.run.folder import RunFolder, last_run
 from aspo_lightning.run.provenance import processor
 from aspo_lightning.shipped import find_config
 from aspo_lightning.study.study import Cell, Study
-from aspo_lightning.study.table import RunCurves, read_table, results, to_csv
+from aspo_lightning.study.table import RunCurves, read_table, results, times, to_csv
 
 Origin = dict[str, object]
 """Versions, processor and digests of weights."""
@@ -32,7 +32,8 @@ ASPO = [sys.executable, "-P", "-m", "aspo_lightning.cli.start"]  # -P: as the sc
 class CellFolder:
     """What a study keeps of a cell: its run, ``log.txt`` and ``asked.json``.
 
-    Once it is finished, ``config.yaml``, ``origin.json`` and ``curves.csv`` as well, and its run isn't needed any more.
+    Once it is finished, ``config.yaml``, ``origin.json``, ``seconds.csv`` and ``curves.csv`` as well, and its run isn't
+    needed any more.
     """
 
     def __init__(self, study: Study, folder: Path, cell: Cell) -> None:
@@ -43,6 +44,7 @@ class CellFolder:
         self._asked = self.path / "asked.json"
         self._origin = self.path / "origin.json"
         self._config = self.path / "config.yaml"
+        self._seconds = self.path / "seconds.csv"
         self.arguments = [*study.arguments, *study.arms[cell.arm], "--seed_everything", str(cell.seed)]
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(study.threads)}
         self._process: subprocess.Popen[bytes] | None = None
@@ -56,6 +58,11 @@ class CellFolder:
     def curves(self) -> RunCurves:
         """Those of the finished run."""
         return read_table(self._curves)[self.cell.arm][self.cell.seed]
+
+    @property
+    def seconds(self) -> RunCurves:
+        """Those of its phases."""
+        return read_table(self._seconds)[self.cell.arm][self.cell.seed]
 
     @property
     def config(self) -> str:
@@ -131,15 +138,19 @@ class CellFolder:
         if status:
             raise RunError(f"{self.cell.arm}, seed {self.cell.seed}: `aspo fit` failed ({status}); see {self.log}.")
         try:
-            curves = results(by_epoch(read_run(self.run.path)))
+            logged = by_epoch(read_run(self.run.path))
         except ConfigError as error:
             raise RunError(f"{self.cell.arm}, seed {self.cell.seed} can't be read: {error}") from error
-        if not curves:
+        if not (curves := results(logged)):
             raise RunError(f"{self.cell.arm}, seed {self.cell.seed} has logged no curves; see {self.log}.")
         config = self.run.config() or {}
         write_text(self._config, yaml.safe_dump(config, sort_keys=False))
         write_text(self._origin, json.dumps(origin(self.run, config), indent=1) + "\n")
-        write_text(self._curves, to_csv({self.cell.arm: {self.cell.seed: curves}}))  # the last: now it is finished
+        write_text(self._seconds, self._csv(times(logged)))
+        write_text(self._curves, self._csv(curves))  # the last: now it is finished
+
+    def _csv(self, curves: RunCurves) -> str:
+        return to_csv({self.cell.arm: {self.cell.seed: curves}})
 
     def end(self) -> None:
         """Asks the run to end after its epoch, once; it can be resumed."""

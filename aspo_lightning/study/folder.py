@@ -21,12 +21,16 @@ class Shared(TypedDict):
 
 
 class StudyResults:
-    """A folder with ``study.yaml``, ``curves.csv``, ``report.md``, ``figure.png``, ``origin.json`` and ``configs/``."""
+    """A folder of small files.
+
+    ``study.yaml``, ``curves.csv``, ``seconds.csv``, ``report.md``, ``figure.png``, ``origin.json`` and ``configs/``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._study = path / "study.yaml"
         self._curves = path / "curves.csv"
+        self._seconds = path / "seconds.csv"
 
     @property
     def exists(self) -> bool:
@@ -37,6 +41,11 @@ class StudyResults:
 
     def table(self) -> Table:
         return read_table(self._curves)
+
+    def report(self) -> str:
+        """All that the tables say, in Markdown."""
+        seconds = read_table(self._seconds) if self._seconds.is_file() else {}
+        return markdown(self.study(), self.table(), seconds)
 
     def check(self, study: Study) -> None:
         """Raises ConfigError if the folder has results of runs that the study doesn't have."""
@@ -51,14 +60,17 @@ class StudyResults:
         (self.path / "configs").mkdir(parents=True, exist_ok=True)
         write_text(self._study, source.read_text())
         table: Table = {}
+        seconds: Table = {}
         for cell in cells:
             table.setdefault(cell.cell.arm, {})[cell.cell.seed] = cell.curves
+            seconds.setdefault(cell.cell.arm, {})[cell.cell.seed] = cell.seconds
         write_text(self._curves, to_csv(table))
+        write_text(self._seconds, to_csv(seconds))
         for cell in cells:
             if cell.cell.seed == study.seeds[0]:
                 write_text(self.path / "configs" / f"{cell.cell.arm}.yaml", cell.config)
         write_text(self.path / "origin.json", json.dumps(origins(cells), indent=1) + "\n")
-        write_text(self.path / "report.md", markdown(study, table) + "\n")
+        write_text(self.path / "report.md", self.report() + "\n")
         figure(study, table, self.path / "figure.png")
 
     def arm(self, name: str | None) -> tuple[str, Sequence[RunCurves]]:

@@ -27,11 +27,11 @@ def values(runs: Mapping[int, RunCurves], measure: Measure) -> list[float]:
     return [value for value in found if np.isfinite(value)]
 
 
-def markdown(study: Study, table: Table) -> str:
-    """The planned comparisons, then all measures by arm."""
+def markdown(study: Study, table: Table, seconds: Table) -> str:
+    """The planned comparisons, then all measures by arm, with the seconds that training took where they are known."""
     note = "Means over seeds with 95% intervals (Student's; Welch's of differences)."
     compared = [comparisons(study, table)] if study.comparisons else []
-    return "\n\n".join([study.question.strip(), *compared, *too_few(study), measures(study, table), note])
+    return "\n\n".join([study.question.strip(), *compared, *too_few(study), measures(study, table, seconds), note])
 
 
 def too_few(study: Study) -> list[str]:
@@ -65,14 +65,18 @@ def comparisons(study: Study, table: Table) -> str:
     return markdown_table(["comparison", f"difference of {study.primary}", "p", "p, Holm"], rows)
 
 
-def measures(study: Study, table: Table) -> str:
+def measures(study: Study, table: Table, seconds: Table) -> str:
     columns = [study.primary, *study.secondary]
+    titles = ["arm", "runs", *map(str, columns), *["seconds of all epochs"] * bool(seconds)]
     rows = []
     for arm in study.arms:
         runs = table.get(arm, {})
         cells = [_cell(values(runs, m), len(runs)) for m in columns]
+        if seconds:
+            took = [sum(v for times in run.values() for v in times.values()) for run in seconds.get(arm, {}).values()]
+            cells.append(_cell(took, len(runs)))
         rows.append([arm, str(len(runs)), *cells])
-    return markdown_table(["arm", "runs", *map(str, columns)], rows)
+    return markdown_table(titles, rows)
 
 
 def _cell(found: Sequence[float], runs: int) -> str:

@@ -28,6 +28,11 @@ def results(curves: RunCurves) -> RunCurves:
     return {tag: dict(values) for tag, values in sorted(curves.items()) if not tag.startswith(LEFT_OUT)}
 
 
+def times(curves: RunCurves) -> RunCurves:
+    """The seconds of a run's phases, which are in no two runs the same."""
+    return {tag: dict(values) for tag, values in sorted(curves.items()) if tag.startswith("time/")}
+
+
 def to_csv(table: Mapping[str, Mapping[int, RunCurves]]) -> str:
     """The table as text. Values have all the digits that float32 has, so nothing is lost."""
     tags = sorted({tag for seeds in table.values() for curves in seeds.values() for tag in curves})
