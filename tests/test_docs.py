@@ -148,9 +148,7 @@ def test_commands_are_parsed(doc, parsers, tmp_path, monkeypatch, capsys):
             assert parsed(monkeypatch, capsys, *arguments)["data"]
             continue
         monkeypatch.setattr(sys, "argv", ["aspo", *arguments])
-        monkeypatch.chdir(
-            tmp_path
-        )  # in which a tool finds nothing and can't make runs: it says so, having read what it got
+        monkeypatch.chdir(tmp_path)  # in which a tool finds nothing and can't make runs: it says so, when it has read
         (tmp_path / "runs").touch()
         with pytest.raises(SystemExit, match="aspo: error: "):
             main()
