@@ -497,7 +497,7 @@ STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-def test_a_shipped_study_has_settings_and_curves_that_are_there(path, monkeypatch, capsys):
+def test_a_shipped_study_has_settings_and_curves_that_are_there(path, parsers, monkeypatch, capsys):
     study = read_study(path)
     for arguments in study.arms.values():
         assert aspo_here(monkeypatch, "fit", *study.arguments, *arguments, "--print_config") == 0
