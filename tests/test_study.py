@@ -231,6 +231,10 @@ def test_the_figure_has_the_comparisons_and_every_arm_by_its_own_line(tmp_path, 
     expected = [statistics.difference([0, 0.1], [11, 11.1]), statistics.difference([2, 2.1], [1, 1.1])]
     assert np.allclose(ends, [[e.low, e.high] for e in expected])
     assert compared.get_ylim()[0] > compared.get_ylim()[1]  # the first is at the top
+    lacking = table | {"arm_00": table["arm_00"] | {1: {"eval/sums/avg@4": {0: 0.0, 1: math.nan}}}}
+    figure(study, lacking, tmp_path / "f.png")
+    dots = [container.lines[0].get_xydata().tolist() for container in drawn[1].axes[0].containers]
+    assert np.allclose(dots, [[[1, 1]]])  # of all runs or none
     lines = curves.get_lines()
     assert np.allclose(lines[3].get_ydata(), [0, 3.05])
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12

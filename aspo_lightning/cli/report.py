@@ -71,15 +71,16 @@ def figure(runs: Mapping[str, Curves], tags: Sequence[str], path: Path) -> None:
     pyplot.close(drawing)
 
 
-def labels(folders: Sequence[Path]) -> list[str]:
-    """The ends of the runs' paths, as long as it takes to tell them apart.
-
-    Raises:
-        ConfigError: if a run is given twice.
-    """
+def check_each_once(folders: Sequence[Path]) -> None:
+    """Raises ConfigError for a run that is given twice: it would count twice in a test, and once in a table."""
     paths = [folder.resolve() for folder in folders]
     if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
         raise ConfigError(f"{twice[0]} is given twice. Give each run once.")
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The ends of the runs' paths, as long as it takes to tell them apart; no run is given twice."""
+    paths = [folder.resolve() for folder in folders]
     return next(
         ends
         for parts in range(2, 2 + max(len(path.parts) for path in paths))
@@ -214,7 +215,7 @@ def hold_against(folders: Sequence[Path], results: StudyResults, arm: str | None
         raise ConfigError(
             f"--against is {results.path}, which holds no study.yaml and curves.csv. Give a study's results."
         )
-    labels(folders)  # each once: a run that counts twice makes the test wrong
+    check_each_once(folders)
     name, reference = results.arm(arm)
     new = [without_clocks(by_epoch(read_run(folder))) for folder in folders]
     verdict = against.against(reference, new)
@@ -264,6 +265,7 @@ def main(arguments: Sequence[str]) -> None:
         intervals_figure(results, picture)
         text = comparison(results)
     else:
+        check_each_once(options.sources)
         runs = dict(zip(labels(options.sources), map(read_run, options.sources), strict=True))
         drawn = options.curves or CURVES
         check_curves(options.curves or [], list(runs.values()))

@@ -92,9 +92,10 @@ def origins(cells: Sequence[CellFolder]) -> list[Shared]:
     """Those of the cells, each once."""
     found: list[Shared] = []
     for cell in cells:
-        same = next((one for one in found if one["origin"] == cell.origin), None)
+        origin = cell.origin
+        same = next((one for one in found if one["origin"] == origin), None)
         if same is None:
-            same = {"runs": {}, "origin": cell.origin}
+            same = {"runs": {}, "origin": origin}
             found.append(same)
         same["runs"].setdefault(cell.cell.arm, []).append(cell.cell.seed)
     return found

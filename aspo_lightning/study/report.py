@@ -46,20 +46,24 @@ def too_few(study: Study) -> list[str]:
     ]
 
 
+def complete(study: Study, table: Table) -> dict[str, list[float]]:
+    """The primary measure by arm, without the arms of which a run has no value: the others are a selection."""
+    found = {arm: values(runs, study.primary) for arm, runs in table.items()}
+    return {arm: measured for arm, measured in found.items() if measured and len(measured) == len(table[arm])}
+
+
 def comparisons(study: Study, table: Table) -> str:
-    """Nothing is said where a run has no value: the others are a selection."""
-    found = {arm: values(table.get(arm, {}), study.primary) for arm in study.arms}
-    whole = {arm for arm in study.arms if found[arm] and len(found[arm]) == len(table[arm])}
+    found = complete(study, table)
     chances = [
         float(statistics.permutation_test(*(np.array(found[arm])[:, None] for arm in pair))[0])
-        if whole.issuperset(pair)
+        if found.keys() >= set(pair)
         else 1.0
         for pair in study.comparisons
     ]
     rows = []
     for pair, p, adjusted in zip(study.comparisons, chances, statistics.holm(chances), strict=True):
         said = ["-"] * 3
-        if whole.issuperset(pair):
+        if found.keys() >= set(pair):
             said = [show(statistics.difference(*(found[arm] for arm in pair))), f"{p:.3g}", f"{adjusted:.3g}"]
         rows.append([" - ".join(pair), *said])
     return markdown_table(["comparison", f"difference of {study.primary}", "p", "p, Holm"], rows)
@@ -121,10 +125,10 @@ def figure(study: Study, table: Table, path: Path) -> None:
 
 def _draw_comparisons(study: Study, table: Table, axis: "Axes") -> None:
     """Differences with their intervals, the first at the top."""
+    found = complete(study, table)
     for at, pair in enumerate(study.comparisons):
-        found = [values(table.get(arm, {}), study.primary) for arm in pair]
-        if all(found):
-            value, low, high = statistics.difference(found[0], found[1])
+        if found.keys() >= set(pair):
+            value, low, high = statistics.difference(*(found[arm] for arm in pair))
             axis.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="o", color="black", capsize=3)
     axis.axvline(0, color="gray", linewidth=0.8)
     names = [" - ".join(pair) for pair in study.comparisons]
