@@ -24,6 +24,7 @@ from aspo_lightning.cli.main import main
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.curves import BEFORE, by_epoch, read_run
 from aspo_lightning.run.disk import file_digest, lock
+from aspo_lightning.run.folder import last_run
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
 from aspo_lightning.study.against import against
@@ -361,6 +362,11 @@ def study(tiny_model, tmp_path_factory):
     return folder, path, done, finished.stdout
 
 
+def run_of(folder, arm, seed):
+    """The finished run: a second one where the first was interrupted before it had a checkpoint."""
+    return last_run(folder / "runs" / arm / f"seed_{seed}").path
+
+
 def test_a_study_makes_each_run_once_and_keeps_what_is_small(study, tiny_model):
     folder, path, done, shown = study
     for file, before in done.items():
@@ -385,7 +391,7 @@ def test_a_study_makes_each_run_once_and_keeps_what_is_small(study, tiny_model):
     row = next(line for line in shown.splitlines() if line.startswith("| a - faster |"))
     assert f"{np.mean(reward['a']) - np.mean(reward['faster']):.3g} [" in row
     assert shown.startswith("Which?\n")
-    logged = [by_epoch(read_run(folder / "runs" / "a" / f"seed_{seed}" / "version_0")) for seed in (3, 1)]
+    logged = [by_epoch(read_run(run_of(folder, "a", seed))) for seed in (3, 1)]
     took = [sum(v for tag, at in run.items() if tag.startswith("time/") for v in at.values()) for run in logged]
     row = next(line for line in shown.splitlines() if line.startswith("| a | 2 |"))
     assert row.split(" | ")[-1].startswith(f"{np.mean(took):.3g} [")
@@ -417,7 +423,7 @@ def test_other_curves_of_a_study_are_drawn(study, tmp_path, monkeypatch):
     )
     main()
     assert [axis.get_title() for axis in drawn[0].axes] == ["difference of rollout/reward, last 2", "policy/kl"]
-    for arguments in ([kept], [str(study[0] / "runs/a/seed_3/version_0")]):
+    for arguments in ([kept], [str(run_of(study[0], "a", 3))]):
         said = aspo_here(monkeypatch, "report", *arguments, "--curves", "policy/kl", "x")
         assert said.startswith("aspo: error: --curves has x, which isn't logged here. There are ")
 
@@ -475,7 +481,7 @@ def test_runs_are_held_against_a_reference(study, monkeypatch, capsys):
     kept = study[0] / "runs" / "results"
 
     def report(arm, *arguments, seeds=(3, 1)):
-        runs = [str(study[0] / "runs" / arm / f"seed_{seed}" / "version_0") for seed in seeds]
+        runs = [str(run_of(study[0], arm, seed)) for seed in seeds]
         monkeypatch.setattr(sys, "argv", ["aspo", "report", *runs, *arguments])
         try:
             main()
