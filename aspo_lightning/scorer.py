@@ -3,7 +3,8 @@
 Axes: N response tokens, H hidden size, V vocabulary, B vocabulary entries of a chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -108,11 +109,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad.mul_(slope)
             if temperature != 1:
                 grad.div_(temperature)
-            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden += _gradient_matmul(grad, weight[v].to(hidden.dtype))
+                grad_hidden += matmul(grad, weight[v], hidden.dtype)
             if grad_weight is not None:
-                grad_weight[v] = _gradient_matmul(grad.T, hidden_t.T)
+                grad_weight[v] = matmul(grad.T, hidden_t.T, hidden.dtype)
             if grad_bias is not None:
                 grad_bias[v] = grad.sum(0)
         if grad_hidden is not None:
@@ -122,7 +122,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _logits(hidden, weight, bias, temperature, softcap) -> tuple[Tensor, Tensor | None]:
     """Logits[N, B] of a chunk of the vocabulary, and the soft cap's slope[N, B] where there is a cap."""
-    logits = matmul(hidden, weight.to(hidden.dtype).T)
+    logits = matmul(hidden, weight.T, hidden.dtype)
     if bias is not None:
         logits += bias
     slope = None
@@ -209,23 +209,32 @@ HAS_BFLOAT16 = (
 """Whether this CPU multiplies 16 bits, and adds up 32; an older torch can't tell."""
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a[M, K] @ b[K, N] in float32 (float64 for float64 input).
+def matmul(a: Tensor, b: Tensor, factors: torch.dtype | None = None) -> Tensor:
+    """a[M, K] @ b[K, N] in float32 (float64 for float64 input), of factors rounded to that dtype, unless it is None.
 
-    16-bit inputs on a GPU keep the float32 accumulator instead of rounding it; on a CPU they are widened.
+    Sums of 16-bit factors are never rounded: a GPU gives its float32 accumulator, and a CPU widens them or, where it
+    multiplies bfloat16, rounds wide ones as it reads them.
     """
     if a.dtype == torch.float64:
         return a @ b
     if a.device.type == "cuda":
-        return a @ b if a.dtype == b.dtype == torch.float32 else torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
-    a, b = a.float(), b.float()
+        a, b = (x.to(factors or a.dtype) for x in (a, b))
+        return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+    if factors == torch.bfloat16 and HAS_BFLOAT16:
+        with _bfloat16_products():
+            return a.float() @ b.float()
+    a, b = (x.to(factors or x.dtype).float() for x in (a, b))
     if HAS_ONEDNN and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return a @ b
 
 
-def _gradient_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``matmul`` for gradients: a CPU that multiplies bfloat16 rounds them to it, as those of its other layers are."""
-    if a.device.type == "cpu" and a.dtype == torch.bfloat16 and HAS_BFLOAT16:
-        return a @ b
-    return matmul(a, b)
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Within, products of float32 on a CPU are of factors rounded to bfloat16, with float32 sums."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # the module is replaced when it is imported
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

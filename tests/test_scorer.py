@@ -74,7 +74,7 @@ def test_gradients_in_16_bits_are_rounded_once(multiplies, monkeypatch):
 def test_logits_are_kept_only_for_a_backward_pass_and_up_to_a_size(monkeypatch):
     hidden, weight, _, targets = head()
     computed = []
-    monkeypatch.setattr(scorer, "matmul", lambda a, b: computed.append((len(a), b.shape[1])) or matmul(a, b))
+    monkeypatch.setattr(scorer, "matmul", lambda a, b, *to: computed.append((len(a), b.shape[1])) or matmul(a, b, *to))
     for kept, times in ((13 * 37, 1), (13 * 37 - 1, 2)):
         monkeypatch.setattr(scorer, "KEPT_LOGITS", kept)
         computed.clear()
@@ -164,6 +164,20 @@ def test_no_tokens_give_zero_gradients():
     assert len(logprobs) == len(entropy) == 0
     logprobs.sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_products_in_16_bits_are_of_rounded_factors_with_32_bit_sums(multiplies, monkeypatch):
+    monkeypatch.setattr(scorer, "HAS_BFLOAT16", multiplies and scorer.HAS_BFLOAT16)
+    a, b = torch.randn(64, 512), torch.randn(512, 33)
+    expected = a.bfloat16().double() @ b.bfloat16().double()
+    for left in (a, a.T.contiguous().T, a.bfloat16()):
+        for right in (b, b.T.contiguous().T):
+            found = matmul(left, right, torch.bfloat16)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)  # rounded sums: up to 0.25 off
+    torch.testing.assert_close(matmul(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=1e-3)  # that of others as well
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (0, 4, 3), (4, 0, 3), (64, 96, 33)])
