@@ -109,6 +109,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad.mul_(slope)
             if temperature != 1:
                 grad.div_(temperature)
+            if grad.is_cuda:
+                grad = grad.to(hidden.dtype)  # once for both products
             if grad_hidden is not None:
                 grad_hidden += matmul(grad, weight[v], hidden.dtype)
             if grad_weight is not None:
