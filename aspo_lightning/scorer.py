@@ -112,9 +112,9 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad.is_cuda:
                 grad = grad.to(hidden.dtype)  # once for both products
             if grad_hidden is not None:
-                grad_hidden += matmul(grad, weight[v], hidden.dtype)
+                grad_hidden += _gradient_matmul(grad, weight[v], hidden.dtype)
             if grad_weight is not None:
-                grad_weight[v] = matmul(grad.T, hidden_t.T, hidden.dtype)
+                grad_weight[v] = _gradient_matmul(grad.T, hidden_t.T, hidden.dtype)
             if grad_bias is not None:
                 grad_bias[v] = grad.sum(0)
         if grad_hidden is not None:
@@ -205,30 +205,38 @@ def _logit_dtype(hidden: Tensor) -> torch.dtype:
 
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-HAS_BFLOAT16 = (
-    HAS_ONEDNN and hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-)
-"""Whether this CPU multiplies 16 bits, and adds up 32; an older torch can't tell."""
+_CPU = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # an older torch can't tell
+HAS_BFLOAT16 = HAS_ONEDNN and bool(_CPU.get("avx512_bf16"))
+"""Whether this CPU multiplies 16 bits, and adds up 32."""
+HAS_AMX = HAS_ONEDNN and bool(_CPU.get("amx_bf16"))
+"""Whether oneDNN rounds float32 factors to bfloat16 as it reads them, where it may: in tiles alone."""
 
 
 def matmul(a: Tensor, b: Tensor, factors: torch.dtype | None = None) -> Tensor:
     """a[M, K] @ b[K, N] in float32 (float64 for float64 input), of factors rounded to that dtype, unless it is None.
 
-    Sums of 16-bit factors are never rounded: a GPU gives its float32 accumulator, and a CPU widens them or, where it
-    multiplies bfloat16, rounds wide ones as it reads them.
+    Sums of 16-bit factors are never rounded: a GPU gives its float32 accumulator, and a CPU widens them, or rounds wide
+    ones as it reads them where it has tiles.
     """
     if a.dtype == torch.float64:
         return a @ b
     if a.device.type == "cuda":
         a, b = (x.to(factors or a.dtype) for x in (a, b))
         return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-    if factors == torch.bfloat16 and HAS_BFLOAT16:
+    if factors == torch.bfloat16 and HAS_AMX and min(*a.shape, *b.shape) > 16:  # torch itself takes smaller ones
         with _bfloat16_products():
             return a.float() @ b.float()
     a, b = (x.to(factors or x.dtype).float() for x in (a, b))
     if HAS_ONEDNN and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return a @ b
+
+
+def _gradient_matmul(a: Tensor, b: Tensor, factors: torch.dtype) -> Tensor:
+    """``matmul`` for gradients, whose sums may be rounded, as those of other layers are, where that is faster."""
+    if a.device.type == "cpu" and factors == torch.bfloat16 and HAS_BFLOAT16 and not HAS_AMX:
+        return a.to(factors) @ b.to(factors)
+    return matmul(a, b, factors)
 
 
 @contextmanager

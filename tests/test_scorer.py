@@ -59,9 +59,10 @@ def test_values_and_gradients_equal_plain_softmax(
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_gradients_in_16_bits_are_rounded_once(multiplies, monkeypatch):
+@pytest.mark.parametrize(("multiplies", "tiles"), [(True, True), (True, False), (False, False)])
+def test_gradients_in_16_bits_are_rounded_once(multiplies, tiles, monkeypatch):
     monkeypatch.setattr(scorer, "HAS_BFLOAT16", multiplies)
+    monkeypatch.setattr(scorer, "HAS_AMX", tiles and scorer.HAS_AMX)
     leaves, targets = head(n=64, v=300, h=32, dtype=torch.bfloat16)[:2], head(n=64, v=300)[3]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     token_logprobs(*leaves, targets, chunk_size=300)[0].sum().backward()
@@ -166,16 +167,23 @@ def test_no_tokens_give_zero_gradients():
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_products_in_16_bits_are_of_rounded_factors_with_32_bit_sums(multiplies, monkeypatch):
-    monkeypatch.setattr(scorer, "HAS_BFLOAT16", multiplies and scorer.HAS_BFLOAT16)
+@pytest.mark.parametrize("tiles", [True, False])
+def test_products_in_16_bits_are_of_rounded_factors_with_32_bit_sums(tiles, monkeypatch):
+    monkeypatch.setattr(scorer, "HAS_AMX", tiles and scorer.HAS_AMX)
+
+    def expected_of(a, b):
+        return a.bfloat16().double() @ b.bfloat16().double()
+
     a, b = torch.randn(64, 512), torch.randn(512, 33)
-    expected = a.bfloat16().double() @ b.bfloat16().double()
+    expected = expected_of(a, b)
     for left in (a, a.T.contiguous().T, a.bfloat16()):
         for right in (b, b.T.contiguous().T):
             found = matmul(left, right, torch.bfloat16)
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)  # rounded sums: up to 0.25 off
+    for n, k, m in ((1, 8, 8), (16, 16, 16), (1, 64, 128), (3, 64, 128)):
+        small, expected = matmul(a[:n, :k], b[:k, :1].expand(k, m), torch.bfloat16), expected_of(a[:n, :k], b[:k, :1])
+        torch.testing.assert_close(small.double(), expected.expand(n, m), rtol=0, atol=1e-4)
     torch.testing.assert_close(matmul(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-3)
     torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=1e-3)  # that of others as well
 
