@@ -109,7 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad.mul_(slope)
             if temperature != 1:
                 grad.div_(temperature)
-            if grad.is_cuda:
+            if grad.is_cuda or not HAS_AMX:
                 grad = grad.to(hidden.dtype)  # once for both products
             if grad_hidden is not None:
                 grad_hidden += _gradient_matmul(grad, weight[v], hidden.dtype)
