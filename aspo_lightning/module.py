@@ -40,6 +40,7 @@ TOKEN_MEANS = [
     "mismatch/kl",
 ]
 TOKEN_MAXIMA = ["mismatch/logprob_abs_max"]
+SAMPLE_SIZES = ["policy/effective_sample_size", "mismatch/effective_sample_size"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -100,7 +101,7 @@ class ASPOModule(LightningModule):
         self.token_metrics = nn.ModuleDict(
             {tag: MeanMetric(nan_strategy="ignore") for tag in TOKEN_MEANS}
             | {tag: MaxMetric(nan_strategy="ignore") for tag in TOKEN_MAXIMA}
-            | {"mismatch/effective_sample_size": EffectiveSampleSize()}
+            | {tag: EffectiveSampleSize() for tag in SAMPLE_SIZES}
         )
 
     @property
@@ -209,6 +210,7 @@ class ASPOModule(LightningModule):
         self._log_tokens({f"policy/{name}": mean for name, mean in metrics.items()})
         self._log_tokens(
             {
+                "policy/effective_sample_size": (logprobs.detach() - old,),
                 "mismatch/logprob_abs_mean": token_mean(mismatch.abs()),
                 "mismatch/logprob_abs_max": (mismatch.abs(),),
                 "mismatch/kl": token_mean(kl_to_reference(batch.generator_logprobs, old)),

@@ -25,6 +25,7 @@ FIT_TAGS = {
     *(f"rollout/{n}" for n in ("reward", "accuracy", "length", "truncated_fraction", "repetition_rate", "kept_groups")),
     *(f"policy/{n}" for n in ("loss", "entropy", "kl", "grad_norm")),
     *(f"policy/{n}_{s}" for n in ("clip_fraction", "dual_clip_fraction", "ratio") for s in ("positive", "negative")),
+    "policy/effective_sample_size",
     "mismatch/logprob_abs_mean",
     "mismatch/logprob_abs_max",
     "mismatch/kl",

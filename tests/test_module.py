@@ -79,6 +79,23 @@ def test_with_updates_the_policy_moves_and_the_reference_does_not(tiny_model):
     assert all(key.startswith("policy.") for key in module.state_dict())
 
 
+def test_how_much_of_a_sample_the_updates_leave_is_measured(tiny_model):
+    moved = []
+
+    class Kept(ASPOModule):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            old = outputs["logprobs"] if batch.old_logprobs is None else batch.old_logprobs
+            moved.append((outputs["logprobs"] - old).double())
+            return outputs
+
+    metrics = fit(Kept(tiny_model, optimizer=adam(1e-2)), Phases(make_groups()))
+    ratios = torch.cat(moved).exp()  # of all updates, the first among them, where they are 1
+    size = ratios.sum() ** 2 / (len(ratios) * ratios.square().sum())
+    assert 0 < size < 0.99
+    assert metrics["policy/effective_sample_size"] == pytest.approx(size.item(), rel=1e-5)
+
+
 def test_a_first_step_that_was_not_scored_goes_as_if_it_was(tiny_model):
     class Scored(Phases):
         def train_dataloader(self):
@@ -124,7 +141,7 @@ def test_a_phase_that_tells_nothing_changes_nothing(tiny_model):
     before = {name: p.clone() for name, p in module.policy.state_dict().items()}
     rollouts = (Rollout((7, 8), (-1.0, -1.0), False, "", 1.0, True),) * 2
     metrics = fit(module, Phases([RolloutGroup(make_groups()[0].prompt, rollouts)]))
-    assert not any(tag.startswith(("policy/clip", "mismatch/")) for tag in metrics)  # nor is anything measured
+    assert not any(tag.startswith(("policy/clip", "policy/effective", "mismatch/")) for tag in metrics)  # nor is anything measured
     assert all(torch.equal(p, before[name]) for name, p in module.policy.state_dict().items())
 
 

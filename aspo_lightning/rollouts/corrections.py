@@ -93,7 +93,7 @@ class Bypass(Correction):
 
 
 class EffectiveSampleSize(Metric):
-    """(sum r)^2 / (N sum r^2) over all tokens, r = pi_old / mu: which share of them, equally weighted, says as much."""
+    """(sum r)^2 / (N sum r^2) over all tokens, r their ratios: which share of them, equally weighted, says as much."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class EffectiveSampleSize(Metric):
         self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, log_ratio: Tensor) -> None:
-        """Takes [N] old minus generator log-probs."""
+        """Takes [N] log-probs less those of the policy that the tokens are taken to be sampled from."""
         ratio = log_ratio.double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         self.sums += torch.stack([ratio.sum(), ratio.square().sum(), ratio.new_tensor(len(ratio))])
 
