@@ -24,7 +24,7 @@ from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
-CONNECTIONS = 256  # to a server at a time: as many completions as it samples by default, and few enough open files
+AT_A_TIME = 256  # requests to a server: as many completions as it samples by default, and few enough open files
 Answer = dict[str, Any]  # of a server, in JSON
 HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in between
 
@@ -136,13 +136,17 @@ class VLLMServers(Engine):
                 yield found
 
     async def _completions(self, requests: Sequence[SamplingRequest]) -> AsyncIterator[tuple[int, Completion]]:
-        mine = self._mine()
-        limits = httpx.Limits(max_connections=CONNECTIONS * len(mine))
+        mine = [(url, asyncio.Semaphore(AT_A_TIME)) for url in self._mine()]
+        # A connection for each request: a server closes one that is idle for some seconds, perhaps as the next request
+        # is on its way; and httpx looks through all idle ones, and all requests that wait for one, at each response.
+        limits = httpx.Limits(max_keepalive_connections=0)
         # Not through a proxy of the environment, which would see the token.
         async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers(), trust_env=False) as client:
 
             async def complete(i: int, request: SamplingRequest) -> tuple[int, Completion]:
-                return i, await self._complete(client, mine[i % len(mine)], request)
+                url, free = mine[i % len(mine)]
+                async with free:
+                    return i, await self._complete(client, url, request)
 
             tasks = [asyncio.create_task(complete(i, request)) for i, request in enumerate(requests)]
             watch = asyncio.create_task(self._watch())  # never finished: it can only raise
