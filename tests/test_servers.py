@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from transformers import GenerationConfig
 
 from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers, transfer
+from aspo_lightning.engines import servers as servers_module
 from aspo_lightning.engines.access import RequireToken
 from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
@@ -317,6 +318,51 @@ def test_a_server_that_ends_an_update_without_a_word_is_told_long_before_the_tim
     assert time.monotonic() - start < 30  # of 300
     server.stream.group = None  # lets the trainer's end go
     server.shutdown()
+
+
+def test_no_request_depends_on_a_connection_that_a_server_may_have_closed(monkeypatch):
+    """vLLM closes one that has been idle for five seconds, be it as the next request arrives. Nor are there too many."""
+    lock = threading.Lock()
+    busy, busiest, served = 0, 0, []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+        answered = False
+
+        def do_POST(self) -> None:
+            nonlocal busy, busiest
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.answered:
+                self.close_connection = True
+                return
+            self.answered = True
+            with lock:
+                busy += 1
+                busiest = max(busy, busiest)
+                served.append(body["sampling_params"]["seed"])
+            time.sleep(0.05)
+            with lock:
+                busy -= 1
+            logprobs = {"content": [{"logprob": -1.0}]}
+            choice = {"token_ids": [len(body["token_ids"])], "logprobs": logprobs, "finish_reason": "stop"}
+            answer = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(servers_module, "AT_A_TIME", 4)
+    asked = [SamplingRequest((7,) * (1 + i), 8, seed=i, temperature=1.0) for i in range(40)]
+    found = dict(VLLMServers([f"http://127.0.0.1:{server.server_port}"]).generate(asked))
+    server.shutdown()
+    assert {i: completion.completion_ids for i, completion in found.items()} == {i: (1 + i,) for i in range(40)}
+    assert sorted(served) == list(range(40))
+    assert busiest == 4
 
 
 def streams(**settings: object) -> list[Stream | Exception]:
