@@ -321,7 +321,7 @@ def test_a_server_that_ends_an_update_without_a_word_is_told_long_before_the_tim
 
 
 def test_no_request_depends_on_a_connection_that_a_server_may_have_closed(monkeypatch):
-    """vLLM closes one that has been idle for five seconds, be it as the next request arrives. Nor are there too many."""
+    """vLLM closes one that has been idle for five seconds, be it as the next request arrives."""
     lock = threading.Lock()
     busy, busiest, served = 0, 0, []
 
