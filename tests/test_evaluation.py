@@ -4,7 +4,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from aspo_lightning.identity import weights_digest
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.run.curves import read_run
 from aspo_lightning.types import Prompt, Rollout, RolloutGroup
-from tests.support.commands import aspo, aspo_forked, aspo_here
+from tests.support.commands import aspo_forked, aspo_here
 from tests.support.configs import tiny_config, write_config
 from tests.support.processes import eventually
 from tests.support.ranks import Ranks
@@ -131,8 +131,8 @@ def trained(tiny_model, tmp_path_factory):
     return folder, path, folder / "tiny" / "version_0"
 
 
-def aspo_test(*args: str, ranks: Sequence[str] = ()) -> str:
-    result = aspo("test", *args, *ranks) if ranks else aspo_forked("test", *args)
+def aspo_test(*args: str) -> str:
+    result = aspo_forked("test", *args)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -185,7 +185,13 @@ def test_a_checkpoint_scores_as_in_training_and_as_its_exported_folder(trained, 
     assert any(len(c["completion"]["ids"]) > 16 for c in completions)  # longer than in training
 
 
-def test_killed_ten_times_the_result_is_the_same(trained, tested):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Iterator[Ranks]:
+    with Ranks(2, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+def test_killed_ten_times_the_result_is_the_same(trained, tested, ranks):
     folder, config, run = trained
     out = folder / "killed"
     command = ["test", "--config", config, "--model", str(run), "--out", str(out)]
@@ -194,17 +200,16 @@ def test_killed_ten_times_the_result_is_the_same(trained, tested):
         return sum(file.stat().st_size for file in (out / "journal").glob("*.jsonl"))
 
     draw, sizes = random.Random(1), []
-    with Ranks(1, folder) as rank:
-        for kill in range(10):
-            enough = size() + draw.randrange(4000)
-            (pid,) = rank.start(f"kill_{kill}", command)
-            assert eventually(lambda enough=enough: size() > enough, 100, every=0.0005), rank.text(f"kill_{kill}")
-            os.kill(pid, signal.SIGKILL)
-            assert rank.wait() == [-signal.SIGKILL], rank.text(f"kill_{kill}")
-            sizes.append(size())
-        rank.run("rest", command)
-        rank.run("again", command)
-        shown = rank.text("rest") + rank.text("again")
+    for kill in range(10):
+        enough = size() + draw.randrange(4000)
+        (pid,) = ranks.start(f"kill_{kill}", command, first=1)
+        assert eventually(lambda enough=enough: size() > enough, 100, every=0.0005), ranks.text(f"kill_{kill}")
+        os.kill(pid, signal.SIGKILL)
+        assert ranks.wait() == [-signal.SIGKILL], ranks.text(f"kill_{kill}")
+        sizes.append(size())
+    ranks.run("rest", command, first=1)
+    ranks.run("again", command, first=1)
+    shown = ranks.text("rest") + ranks.text("again")
     assert len(set(sizes)) == 10  # each time it had gone on
     assert files(out) == files(tested)  # and started once more it was only shown
     assert shown.count(files(tested)[TABLE]) == 2
@@ -219,11 +224,11 @@ NCCL_TWIN = '{"class_path": "tests.support.nccl_twin.NCCLTwin"}'
     [["ddp"], [NCCL_TWIN], [NCCL_TWIN, "--trainer.inference_mode", "true"]],
     ids=["ddp", "sharded", "sharded in inference mode"],
 )
-def test_two_ranks_give_the_same_files_as_one(trained, tested, settings, request):
+def test_two_ranks_give_the_same_files_as_one(trained, tested, ranks, settings, request):
     folder, config, run = trained
     out = folder / request.node.name
-    ranks = ["--trainer.devices", "2", "--trainer.strategy", *settings]
-    aspo_test("--config", config, "--model", str(run), "--out", str(out), ranks=ranks)
+    on_both = ["--trainer.devices", "2", "--trainer.strategy", *settings]
+    ranks.run(out.name, ["test", "--config", config, "--model", str(run), "--out", str(out), *on_both])
     assert files(out) == files(tested)
 
 

@@ -25,9 +25,9 @@ from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.curves import read_run
-from tests.support.commands import ASPO, ROOT, aspo, aspo_here
+from tests.support.commands import ROOT, aspo_here
 from tests.support.models import save_model, save_tokenizer
-from tests.support.processes import Group, free_port
+from tests.support.processes import eventually, free_port
 from tests.support.ranks import Ranks
 from tests.support.recorded_runs import SHARDED, RecordedRuns
 from tests.support.servers import Server, ready
@@ -168,17 +168,18 @@ def test_a_server_fills_what_a_request_leaves_out_by_no_recommendation(model, se
     assert min(likeliest.values()) > -20  # of two tokens' choice all others had -inf
 
 
-def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_trained_on(runs, servers):
+def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_trained_on(runs, ranks, servers):
     command = runs.command("broken", *engine(*servers), "--trainer.max_epochs", "10000", "--checkpoint.save_top_k", "1")
     run = runs.folder / "run_broken" / "version_0"
-    with Group([ASPO, *command], runs.folder / "broken.log") as group:
-        group.until(lambda: list((run / "checkpoints").glob("epoch*.ckpt")), 400)
-        servers[1].signal(signal.SIGSTOP)
-        time.sleep(3)  # by now the trainer waits for this server's completions, and has those of the other
-        servers[1].signal(signal.SIGKILL)
-        assert group.wait(60) == 1
-    errors = group.text
-    (line,) = [line for line in errors.splitlines() if "aspo: error: " in line]
+    ranks.start("broken", command, first=1)
+    assert eventually(lambda: list((run / "checkpoints").glob("epoch*.ckpt")), 400)
+    servers[1].signal(signal.SIGSTOP)
+    time.sleep(3)  # by now the trainer waits for this server's completions, and has those of the other
+    servers[1].signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert ranks.wait() == [1]
+    assert time.monotonic() - killed < 60
+    (line,) = [line for line in ranks.text("broken").splitlines() if "aspo: error: " in line]
     assert f"The vLLM server at {servers[1].url} doesn't answer" in line
     assert line.endswith("resume with the command that the run printed.")
     (checkpoint,) = (run / "checkpoints").glob("epoch*.ckpt")
@@ -188,8 +189,7 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     assert len(read_run(run)["policy/loss"]) == epochs  # every epoch trained is in the checkpoint
 
     go_on = ["--ckpt_path", "last", "--trainer.max_epochs", str(epochs + 1)]
-    result = aspo(*runs.command("broken", *engine(servers[0]), *go_on))
-    assert result.returncode == 0, result.stderr[-3000:]
+    ranks.run("broken_again", runs.command("broken", *engine(servers[0]), *go_on), first=1)
     assert len(read_run(run)["policy/loss"]) == epochs + 1
 
 
