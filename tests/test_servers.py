@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,10 +25,9 @@ from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.curves import read_run
-from aspo_lightning.types import Completion
 from tests.support.commands import ROOT, aspo_here
 from tests.support.models import save_model, save_tokenizer
-from tests.support.processes import Group, eventually, free_port
+from tests.support.processes import eventually, free_port
 from tests.support.ranks import Ranks
 from tests.support.recorded_runs import SHARDED, RecordedRuns
 from tests.support.servers import Server, ready
@@ -122,45 +120,6 @@ def test_what_a_model_recommends_for_sampling_is_not_followed_but_its_end_tokens
         assert [(c.completion_ids, c.truncated) for c in found] == [(c.completion_ids, c.truncated) for c in expected]
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.generator_logprobs == pytest.approx(theirs.generator_logprobs, abs=1e-5)
-
-
-ROUTER = Path(sys.executable).with_name("vllm-router")
-
-
-@pytest.mark.skipif(not ROUTER.exists(), reason="vLLM's router has no build for this machine")
-def test_completions_come_by_way_of_a_router_and_weights_go_to_every_server(model, servers, tmp_path):
-    requests = [SamplingRequest((5, 6, 7 + n), 24, seed) for n in range(4) for seed in range(16)]
-    urls = [server.url for server in servers]
-    weights = load_file(f"{model}/model.safetensors")
-    moved = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-
-    def completions(engine: VLLMServers) -> list[Completion]:
-        engine.start(model, context_length=64)
-        engine.sync_weights(moved.items())
-        return [completion for _, completion in sorted(engine.generate(requests))]
-
-    expected = completions(VLLMServers([urls[0]]))
-    VLLMServers([urls[1]]).start(model, context_length=64)  # which has the old weights
-    port, monitor = free_port(), free_port()
-    command = [str(ROUTER), "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(monitor)]
-    command += ["--policy", "round_robin", "--worker-urls", *urls]
-    address = f"http://127.0.0.1:{port}"
-    with Group(command, tmp_path / "router.log") as router:
-        router.until(lambda: "Starting server" in router.text, 60)
-        before = [server.text.count("POST /inference/v1/generate") for server in servers]
-        engine = VLLMServers(urls, router=address)
-        found = completions(engine)
-        assert [c.completion_ids for c in found] == [c.completion_ids for c in expected]
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.generator_logprobs == pytest.approx(theirs.generator_logprobs, abs=1e-5)
-        asked = [server.text.count("POST /inference/v1/generate") for server in servers]
-        assert [after - n for after, n in zip(asked, before, strict=True)] == [32, 32]  # by the router, not by us
-        router.signal(signal.SIGKILL)
-        router.wait(20)
-        with pytest.raises(RunError, match=f"The router at {address} doesn't answer"):
-            list(engine.generate(requests))
-    with pytest.raises(ConfigError, match="VLLMServers.router is 'localhost'; it must be an address like http"):
-        VLLMServers(urls, router="localhost").check()
 
 
 def test_a_request_has_what_else_it_is_to_have(model, servers):
@@ -510,16 +469,12 @@ def test_a_server_sees_this_machine_by_the_address_that_the_connection_has():
         seen_by(url, 10)
 
 
-def test_without_the_token_a_server_says_that_it_lives_and_nothing_else_on_any_path(model, servers):
+def test_a_server_answers_nothing_on_any_path_without_the_token(model, servers):
     url = servers[0].url
     paths = httpx.get(f"{url}/openapi.json", headers=TRAINER).json()["paths"]
     weights = {"/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"}
     assert weights | {"/inference/v1/generate", "/v1/completions", "/collective_rpc", "/sleep", "/health"} <= set(paths)
-    asked = {(method, path) for path, methods in paths.items() for method in methods}
-    asked |= {("get", "/no/such/path"), ("get", "/health/"), ("get", "//health"), ("post", "/health")}
-    asked -= {("get", "/health")}  # routers and a cluster's probes have no token
-    answer = httpx.get(f"{url}/health")
-    assert (answer.status_code, answer.text) == (200, "")
+    asked = [(method, path) for path, methods in paths.items() for method in methods] + [("get", "/no/such/path")]
     for method, path in asked:
         for given in (None, "Bearer", f"Bearer {TOKEN}x", TOKEN):
             answer = httpx.request(method, url + path, headers={"Authorization": given} if given else {})

@@ -29,7 +29,7 @@ def headers() -> dict[str, str]:
 
 
 class RequireToken:
-    """ASGI middleware for vLLM's ``--middleware``: without the token a server says that it lives, and nothing else."""
+    """ASGI middleware for vLLM's ``--middleware``: nothing is answered without the token, on whatever path."""
 
     def __init__(self, app: "ASGIApp") -> None:
         self.app = app
@@ -37,9 +37,7 @@ class RequireToken:
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        # Routers and a cluster's probes ask without it.
-        free = scope["type"] == "lifespan" or (scope.get("method"), scope.get("path")) == ("GET", "/health")
-        if free or secrets.compare_digest(given, self.expected):
+        if scope["type"] == "lifespan" or secrets.compare_digest(given, self.expected):
             await self.app(scope, receive, send)
         else:
             await send({"type": "http.response.start", "status": 401, "headers": []})

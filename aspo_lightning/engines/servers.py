@@ -40,8 +40,6 @@ class VLLMServers(Engine):
         timeout_s: how long servers and trainer wait for each other when weights are sent.
         extra_body: fields of each request that go to the servers as they are, such as ``priority``, or
             ``sampling_params: {min_tokens: 2}``. Those that a request has anyway are refused.
-        router: the address of a router in front of them. It is asked for completions and chooses who samples each;
-            weights still go to every server. None: each server is asked for its share.
     """
 
     apart = True
@@ -51,10 +49,8 @@ class VLLMServers(Engine):
         urls: Annotated[list[str], INCIDENTAL],
         timeout_s: Annotated[float, INCIDENTAL] = 300.0,
         extra_body: dict[str, Any] | None = None,
-        router: Annotated[str | None, INCIDENTAL] = None,
     ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
-        self.router = None if router is None else router.rstrip("/")
         self.timeout_s = timeout_s
         self.extra_body = extra_body or {}
         self._model_name = ""
@@ -64,12 +60,9 @@ class VLLMServers(Engine):
     def check(self) -> None:
         if not self.urls:
             raise ConfigError("VLLMServers.urls is empty. Give the servers' addresses, like http://127.0.0.1:8001.")
-        addresses = [("urls has", url) for url in self.urls]
-        if self.router is not None:
-            addresses.append(("router is", self.router))
-        for name, url in addresses:
+        for url in self.urls:
             if not urlsplit(url).hostname or not urlsplit(url).scheme.startswith("http"):
-                raise ConfigError(f"VLLMServers.{name} {url!r}; it must be an address like http://127.0.0.1:8001.")
+                raise ConfigError(f"VLLMServers.urls has {url!r}; it must be an address like http://127.0.0.1:8001.")
         check_extra_body(self.extra_body)
         headers()
 
@@ -143,7 +136,7 @@ class VLLMServers(Engine):
                 yield found
 
     async def _completions(self, requests: Sequence[SamplingRequest]) -> AsyncIterator[tuple[int, Completion]]:
-        mine = [(self.router or url, asyncio.Semaphore(AT_A_TIME)) for url in self._mine()]
+        mine = [(url, asyncio.Semaphore(AT_A_TIME)) for url in self._mine()]
         # A connection for each request: a server closes one that is idle for some seconds, perhaps as the next request
         # is on its way; and httpx looks through all idle ones, and all requests that wait for one, at each response.
         limits = httpx.Limits(max_keepalive_connections=0)
@@ -181,14 +174,11 @@ class VLLMServers(Engine):
 
     async def _complete(self, client: httpx.AsyncClient, url: str, request: SamplingRequest) -> Completion:
         body = request_body(request, self.extra_body)
-        who = "router" if url == self.router else "vLLM server"
         path = "/inference/v1/generate"  # takes nothing from the model's generation_config.json but its end tokens
         try:
             response = await client.post(url + path, json=body)
         except httpx.TransportError as error:
-            raise lost(url, error, who) from error
-        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            raise lost(url, " ".join(response.text.split())[:300] or "no engine", who)
+            raise lost(url, error) from error
         if response.status_code != httpx.codes.OK:
             refuse(url, path, response)
         (choice,) = response.json()["choices"]
@@ -336,9 +326,9 @@ def refuse(url: str, path: str, response: httpx.Response) -> NoReturn:
     )
 
 
-def lost(url: str, reason: Exception | str, who: str = "vLLM server") -> RunError:
+def lost(url: str, reason: Exception | str) -> RunError:
     why = str(reason) or type(reason).__name__
     return RunError(
-        f"The {who} at {url} doesn't answer ({why}). Nothing of the phase in the making is trained on. Start it again "
-        "and resume with the command that the run printed."
+        f"The vLLM server at {url} doesn't answer ({why}). Nothing of the phase in the making is trained on. Start "
+        "the server again with scripts/serve.sh and resume with the command that the run printed."
     )
