@@ -1,9 +1,9 @@
-"""What it costs the trainer to have completions sampled by vLLM servers: seconds of its processor for each.
+"""What it costs the trainer to have completions sampled by vLLM servers: milliseconds of its processor for each.
 
     python scripts/bench_servers.py [--repeats 3 --length 64]
 
-The server is none: it waits half a second and answers with as much JSON as vLLM's does, so that all the rest is the
-client's. It closes connections as vLLM's server does, after five idle seconds.
+There is no vLLM here. What answers waits for half a second, sends as much JSON as vLLM does, and closes connections
+after five idle seconds as vLLM does; the rest is the client's.
 """
 
 import argparse

@@ -10,7 +10,14 @@ from transformers import AutoModelForCausalLM
 from aspo_lightning.engines import TransformersEngine
 from aspo_lightning.engines.base import SamplingRequest
 from aspo_lightning.errors import ConfigError
-from aspo_lightning.rollouts.corrections import Bypass, Correction, MaskedRatio, TruncatedRatio, correct
+from aspo_lightning.rollouts.corrections import (
+    Bypass,
+    Correction,
+    EffectiveSampleSize,
+    MaskedRatio,
+    TruncatedRatio,
+    correct,
+)
 from aspo_lightning.types import MicroBatch
 from tests.support.ranks import in_forks
 
@@ -170,6 +177,13 @@ def estimates(correction, completions, known):
     old = torch.tensor([x for pair in logprobs["trainer"] for x in pair])
     (corrected,), _ = correct([replace(made, old_logprobs=old)], correction)
     return corrected.advantages[1::2].double()
+
+
+def test_an_effective_sample_size_is_that_of_all_tokens_whose_ratio_is_a_number():
+    size = EffectiveSampleSize()
+    for ratios in ([1.0, 2.0, math.nan], [0.0, 1.0]):
+        size.update(torch.tensor(ratios).log())
+    assert size.compute() == pytest.approx(4**2 / (4 * 6))
 
 
 @pytest.mark.parametrize("correction", TRIED, ids=str)

@@ -19,7 +19,6 @@ from torch.distributed import TCPStore
 from transformers import GenerationConfig
 
 from aspo_lightning.engines import SamplingRequest, VLLMEngine, VLLMServers, transfer
-from aspo_lightning.engines import servers as servers_module
 from aspo_lightning.engines.access import RequireToken
 from aspo_lightning.engines.servers import meeting_point, seen_by
 from aspo_lightning.engines.transfer import Stream, check_devices
@@ -172,7 +171,7 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     command = runs.command("broken", *engine(*servers), "--trainer.max_epochs", "10000", "--checkpoint.save_top_k", "1")
     run = runs.folder / "run_broken" / "version_0"
     ranks.start("broken", command, first=1)
-    assert eventually(lambda: list((run / "checkpoints").glob("epoch*.ckpt")), 400)
+    assert eventually(lambda: list((run / "checkpoints").glob("epoch*.ckpt")), 400), ranks.text("broken")[-3000:]
     servers[1].signal(signal.SIGSTOP)
     time.sleep(3)  # by now the trainer waits for this server's completions, and has those of the other
     servers[1].signal(signal.SIGKILL)
@@ -241,6 +240,8 @@ def test_servers_that_cannot_serve_the_run_are_told_before_it_starts(runs, serve
     assert f"The vLLM server at {nobody} doesn't answer" in refused(*urls, f"[{nobody}]")
     assert "it must be an address like http://127.0.0.1:8001" in refused(*urls, "[localhost]")
     assert "VLLMServers.urls is empty" in refused(*urls, "[]")
+    none = ["--data.engine.init_args.max_num_seqs", "0"]
+    assert "VLLMServers.max_num_seqs is 0; it must be at least 1" in refused(*engine(servers[0]), *none)
     save_model(tmp_path, hidden_size=32)
     save_tokenizer(tmp_path)
     assert "Has it the same model?" in refused(*engine(servers[0]), "--model.model_name_or_path", str(tmp_path))
@@ -320,7 +321,7 @@ def test_a_server_that_ends_an_update_without_a_word_is_told_long_before_the_tim
     server.shutdown()
 
 
-def test_no_request_depends_on_a_connection_that_a_server_may_have_closed(monkeypatch):
+def test_no_request_depends_on_a_connection_that_a_server_may_have_closed():
     """vLLM closes one that has been idle for five seconds, be it as the next request arrives."""
     lock = threading.Lock()
     busy, busiest, served = 0, 0, []
@@ -328,6 +329,16 @@ def test_no_request_depends_on_a_connection_that_a_server_may_have_closed(monkey
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # connections are kept
         answered = False
+
+        def answer(self, **body: object) -> None:
+            text = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self) -> None:  # of /health, if it takes a second
+            self.answer()
 
         def do_POST(self) -> None:
             nonlocal busy, busiest
@@ -345,20 +356,15 @@ def test_no_request_depends_on_a_connection_that_a_server_may_have_closed(monkey
                 busy -= 1
             logprobs = {"content": [{"logprob": -1.0}]}
             choice = {"token_ids": [len(body["token_ids"])], "logprobs": logprobs, "finish_reason": "stop"}
-            answer = json.dumps({"choices": [choice]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            self.answer(choices=[choice])
 
         def log_message(self, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(servers_module, "AT_A_TIME", 4)
     asked = [SamplingRequest((7,) * (1 + i), 8, seed=i, temperature=1.0) for i in range(40)]
-    found = dict(VLLMServers([f"http://127.0.0.1:{server.server_port}"]).generate(asked))
+    found = dict(VLLMServers([f"http://127.0.0.1:{server.server_port}"], max_num_seqs=4).generate(asked))
     server.shutdown()
     assert {i: completion.completion_ids for i, completion in found.items()} == {i: (1 + i,) for i in range(40)}
     assert sorted(served) == list(range(40))

@@ -27,7 +27,7 @@ from aspo_lightning.run.disk import file_digest, lock
 from aspo_lightning.run.folder import last_run
 from aspo_lightning.run.tags import TAGS
 from aspo_lightning.study import statistics
-from aspo_lightning.study.against import against
+from aspo_lightning.study.against import against, describe
 from aspo_lightning.study.cells import CellFolder
 from aspo_lightning.study.report import figure, markdown
 from aspo_lightning.study.study import Cell, Measure, read_study
@@ -264,6 +264,9 @@ def test_against_names_what_differs_and_what_it_couldnt_compare():
     wild = [run(x, b={0: 50 + x, 1: math.nan if x == 0.05 else 50.0}) for x in levels]  # a step was skipped
     assert [m.name for m in against(steady, wild).measures if m.chance <= 0.05] == ["b, whole", "b, end"]
     assert against(reference, reference[::-1]).same
+    later = against(reference, [one | {"d": {0: 5.0}} for one in reference])  # logged since
+    assert (later.same, later.unknown) == (True, ["d"])
+    assert "The reference has no d." in describe(later, "it", 5, 5)
     with pytest.raises(ConfigError, match="reference's runs have 4 epochs and these 3"):
         against(reference, [run(x, epochs=3) for x in levels])
     with pytest.raises(ConfigError, match="no curve in common"):

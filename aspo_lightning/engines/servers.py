@@ -24,7 +24,6 @@ from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.identity import INCIDENTAL
 from aspo_lightning.types import Completion
 
-AT_A_TIME = 256  # requests to a server: as many completions as it samples by default, and few enough open files
 Answer = dict[str, Any]  # of a server, in JSON
 HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in between
 
@@ -40,6 +39,8 @@ class VLLMServers(Engine):
         timeout_s: how long servers and trainer wait for each other when weights are sent.
         extra_body: fields of each request that go to the servers as they are, such as ``priority``, or
             ``sampling_params: {min_tokens: 2}``. Those that a request has anyway are refused.
+        max_num_seqs: completions that a server is asked for at a time, each on a connection of its own: as many as it
+            samples, see its own ``--max-num-seqs``.
     """
 
     apart = True
@@ -49,10 +50,12 @@ class VLLMServers(Engine):
         urls: Annotated[list[str], INCIDENTAL],
         timeout_s: Annotated[float, INCIDENTAL] = 300.0,
         extra_body: dict[str, Any] | None = None,
+        max_num_seqs: Annotated[int, INCIDENTAL] = 256,
     ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
         self.extra_body = extra_body or {}
+        self.max_num_seqs = max_num_seqs
         self._model_name = ""
         self._stream: Stream | None = None
         self._updates: list[Future[Answer]] = []
@@ -63,6 +66,8 @@ class VLLMServers(Engine):
         for url in self.urls:
             if not urlsplit(url).hostname or not urlsplit(url).scheme.startswith("http"):
                 raise ConfigError(f"VLLMServers.urls has {url!r}; it must be an address like http://127.0.0.1:8001.")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"VLLMServers.max_num_seqs is {self.max_num_seqs}; it must be at least 1.")
         check_extra_body(self.extra_body)
         headers()
 
@@ -136,9 +141,9 @@ class VLLMServers(Engine):
                 yield found
 
     async def _completions(self, requests: Sequence[SamplingRequest]) -> AsyncIterator[tuple[int, Completion]]:
-        mine = [(url, asyncio.Semaphore(AT_A_TIME)) for url in self._mine()]
-        # A connection for each request: a server closes one that is idle for some seconds, perhaps as the next request
-        # is on its way; and httpx looks through all idle ones, and all requests that wait for one, at each response.
+        mine = [(url, asyncio.Semaphore(self.max_num_seqs)) for url in self._mine()]
+        # No connection is kept: a server closes one that has been idle for some seconds, perhaps as the next request
+        # arrives. And requests wait for a semaphore, not for httpx, which would look through all of them each time.
         limits = httpx.Limits(max_keepalive_connections=0)
         # Not through a proxy of the environment, which would see the token.
         async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers(), trust_env=False) as client:

@@ -101,9 +101,9 @@ class EffectiveSampleSize(Metric):
         self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, log_ratio: Tensor) -> None:
-        """Takes [N] log-probs less those of the policy that the tokens are taken to be sampled from."""
+        """Takes [N] log r; those that aren't numbers are left out."""
         ratio = log_ratio.double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        self.sums += torch.stack([ratio.sum(), ratio.square().sum(), ratio.new_tensor(len(ratio))])
+        self.sums += torch.stack([ratio.nansum(), ratio.square().nansum(), (~ratio.isnan()).sum()])
 
     def compute(self) -> Tensor:
         """NaN without tokens."""

@@ -31,7 +31,7 @@ TAGS = {
     "mismatch/logprob_abs_mean": "mean absolute difference of the trainer's and the engine's log-probs",
     "mismatch/logprob_abs_max": "its maximum",
     "mismatch/kl": "mean KL estimate of the engine to the trainer's old policy at the response tokens, in nats",
-    "mismatch/effective_sample_size": "the same of r = π_old/π_engine",
+    "mismatch/effective_sample_size": "effective sample size of r = π_old/π_engine, likewise",
     "mismatch/cut_fraction": "share of the tokens whose weight a bound of `data.mismatch` changed",
     "mismatch/corrected_sample_size": "effective sample size of the weights that `data.mismatch` gives",
     "time/sync_s": "seconds until the engine has the new weights",

@@ -40,6 +40,8 @@ class Verdict(NamedTuple):
     """Those that differ most come first."""
     left_out: list[str]
     """Tags of which some run has no finite value: only how many they have is compared."""
+    unknown: list[str]
+    """Tags that no run of the reference has, as it was made before they were logged. They aren't compared."""
 
 
 def against(reference: Sequence[RunCurves], new: Sequence[RunCurves]) -> Verdict:
@@ -54,7 +56,7 @@ def against(reference: Sequence[RunCurves], new: Sequence[RunCurves]) -> Verdict
         raise ConfigError(
             f"The reference's runs have {_list(lengths[0])} epochs and these {_list(lengths[1])}. Train as long."
         )
-    every = sorted({tag for curves in (*reference, *new) for tag in curves if not tag.startswith(ROUNDING)})
+    every, others = _tags(reference), _tags(new)
     tags = [tag for tag in every if all(_finite(run, tag) for run in (*reference, *new))]
     if not tags:
         raise ConfigError("The runs have no curve in common with the reference.")
@@ -80,7 +82,12 @@ def against(reference: Sequence[RunCurves], new: Sequence[RunCurves]) -> Verdict
         min(m.chance for m in measures) > LEVEL,
         sorted(measures, key=lambda m: m.chance),
         [tag for tag in every if tag not in tags],
+        [tag for tag in others if tag not in every],
     )
+
+
+def _tags(runs: Sequence[RunCurves]) -> list[str]:
+    return sorted({tag for curves in runs for tag in curves if not tag.startswith(ROUNDING)})
 
 
 def _finite(run: RunCurves, tag: str) -> list[float]:
@@ -112,4 +119,5 @@ def describe(verdict: Verdict, name: str, reference: int, new: int) -> str:
         if verdict.left_out
         else []
     )
-    return "\n".join([head, "", markdown_table(["curve", "reference", "these", "p"], rows), *left_out])
+    unknown = [f"\nThe reference has no {', '.join(verdict.unknown)}."] if verdict.unknown else []
+    return "\n".join([head, "", markdown_table(["curve", "reference", "these", "p"], rows), *left_out, *unknown])
