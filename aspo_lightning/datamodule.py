@@ -1,5 +1,6 @@
 """RolloutDataModule: Lightning hooks that make each epoch's data by sampling from the policy."""
 
+import gc
 import os
 from collections.abc import Iterator
 from itertools import chain
@@ -174,6 +175,9 @@ class RolloutDataModule(LightningDataModule):
             self.engine.expect_adapters(rank)
             self.engine.start(self.model_name_or_path, context_length=self.context_length)
             self.engine.sleep()
+        # What is loaded by now stays. Garbage would be looked for in all of it: most of what a completion costs here.
+        gc.collect()
+        gc.freeze()
         self._started_for = rank
 
     def train_dataloader(self) -> Phase:
