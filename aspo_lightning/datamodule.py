@@ -133,6 +133,9 @@ class RolloutDataModule(LightningDataModule):
         if self._started_for != self._policy.adapter_rank:
             self.engine.stop()  # of another module's fit
             self._start_engine(self.trainer)
+        # All that is loaded by now stays for as long. Searches for garbage would go through it again and again: most of
+        # what a completion costs here.
+        gc.freeze()
 
     def _prepare(self) -> None:
         """Makes everything that the model's config and the prompts determine."""
@@ -175,9 +178,6 @@ class RolloutDataModule(LightningDataModule):
             self.engine.expect_adapters(rank)
             self.engine.start(self.model_name_or_path, context_length=self.context_length)
             self.engine.sleep()
-        # What is loaded by now stays. Garbage would be looked for in all of it: most of what a completion costs here.
-        gc.collect()
-        gc.freeze()
         self._started_for = rank
 
     def train_dataloader(self) -> Phase:
@@ -208,6 +208,7 @@ class RolloutDataModule(LightningDataModule):
         self._stop_sampling()
         self.pool.close()
         self._forget_phase()
+        gc.unfreeze()
 
     def on_exception(self, exception: BaseException) -> None:
         if self.rollouts:
