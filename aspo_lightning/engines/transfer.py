@@ -58,7 +58,7 @@ class Stream:
     ) -> None:
         self.rank, self.device, self.timeout_s = rank, device, timeout_s
         timeout = timedelta(seconds=timeout_s)
-        self.check_servers = check_servers
+        self.check = check_servers or self._check_trainer
         self.work: dist.Work | None = None
         try:
             self.store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
@@ -81,10 +81,8 @@ class Stream:
         if self.work is None or self.work.is_completed():
             self.group = None  # gloo closes its connections then; but first it would wait for what is under way
 
-    def _check(self) -> None:
-        if self.check_servers is not None:
-            self.check_servers()
-        elif self.store.check(["closed"]):  # raises where the trainer is gone
+    def _check_trainer(self) -> None:
+        if self.store.check(["closed"]):  # raises where the trainer is gone
             raise ConnectionError("the trainer has closed the stream")
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
@@ -94,7 +92,7 @@ class Stream:
             while not work.is_completed():
                 time.sleep(POLL_S)
                 if time.monotonic() > checked + CHECK_S:
-                    self._check()
+                    self.check()
                     checked = time.monotonic()
                 if checked > start + self.timeout_s:
                     raise ConnectionError(f"the others aren't ready after {self.timeout_s:g} s")

@@ -63,7 +63,6 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
     stream: Stream | None = None
 
     def init_transfer_engine(self, init_info: Rendezvous) -> None:
-        self.shutdown()  # what is left of an earlier trainer: connections, threads, over NCCL memory
         parallel = self.parallel_config
         self.stream = Stream(
             init_info.address,
@@ -99,9 +98,7 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
                 pack_head(self.model)
 
     def shutdown(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
+        self.stream = None
 
 
 def embeddings(model: nn.Module) -> dict[str, VocabParallelEmbedding]:

@@ -43,5 +43,5 @@ def ready(*servers: Server) -> Iterator[tuple[Server, ...]]:
         for server in servers:
             stack.enter_context(server)
         for server in servers:
-            server.until(server.answers, 120)
+            server.until(server.answers, 400)
         yield servers
