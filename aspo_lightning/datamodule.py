@@ -211,6 +211,7 @@ class RolloutDataModule(LightningDataModule):
         gc.unfreeze()
 
     def on_exception(self, exception: BaseException) -> None:
+        gc.unfreeze()  # teardown doesn't come
         if self.rollouts:
             self.rollouts.phases.cancel()  # without waiting: another rank may be gone
 

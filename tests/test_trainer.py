@@ -202,6 +202,19 @@ def test_an_engine_that_stays_follows_a_module_with_adapters_and_then_one_withou
     data.close()
 
 
+def test_after_a_fit_that_failed_garbage_is_looked_for_everywhere(parts):
+    class Failing(ASPOModule):
+        def training_step(self, batch, batch_idx):
+            assert gc.get_freeze_count() > 0
+            raise ValueError("as told")
+
+    _, data = parts()
+    with pytest.raises(ValueError, match="as told"):
+        trainer(max_epochs=1).fit(Failing(data.model_name_or_path), data)
+    assert gc.get_freeze_count() == 0
+    data.close()
+
+
 def test_an_engine_that_cannot_start_is_told_in_one_line(parts):
     module, data = parts(engine=VLLMEngine(kv_cache_gib=1e-5))
     message = r"The engine can't be started \(ValueError: No available memory for the cache blocks"
