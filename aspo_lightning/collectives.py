@@ -1,5 +1,6 @@
 """What ranks do together, through torch.distributed. A process on its own is rank 0 of one."""
 
+from datetime import timedelta
 from typing import TypeVar
 
 from torch import distributed as dist
@@ -23,9 +24,13 @@ def gather(value: T, process_group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def thread_group() -> dist.ProcessGroup | None:
-    """A group of all ranks for a thread, whose collectives don't mix with those of the usual one. Collective."""
-    return dist.new_group(backend="gloo") if world_size() > 1 else None
+def thread_group(time_limit: timedelta | None) -> dist.ProcessGroup | None:
+    """A group of all ranks for a thread, whose collectives don't mix with those of the usual one. Collective.
+
+    Args:
+        time_limit: how long its ranks wait for one another. None: torch's default.
+    """
+    return dist.new_group(backend="gloo", timeout=time_limit) if world_size() > 1 else None
 
 
 def barrier() -> None:

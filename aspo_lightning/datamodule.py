@@ -33,7 +33,7 @@ from aspo_lightning.rollouts.loop import Policy, Rollouts, sync
 from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings, check_phase
-from aspo_lightning.run.lightning import accumulate, next_epoch, no_stop_before
+from aspo_lightning.run.lightning import accumulate, next_epoch, no_stop_before, time_limit
 from aspo_lightning.tasks.base import Task, training_prompts, without_long
 from aspo_lightning.types import Evaluation, MicroBatch, Phase, Prompt, State
 
@@ -110,12 +110,13 @@ class RolloutDataModule(LightningDataModule):
             )
         self._stop_sampling()  # of a fit that failed
         self._forget_phase()
+        self.results = None  # of an evaluation that failed
         if not (self.train_prompts or self.val_prompts):
             self._prepare()
         if self.trainer is None:
             return
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        group = thread_group() if self.settings.lag and stage == "fit" else None
+        group = thread_group(time_limit(self.trainer.strategy)) if self.settings.lag and stage == "fit" else None
         self._sampler = Sampler(
             self.engine,
             self.pool,
@@ -212,6 +213,8 @@ class RolloutDataModule(LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         gc.unfreeze()  # teardown doesn't come
+        if self.engine.apart:
+            self._started_for = None  # what has gone wrong may be a server, which is to be met anew then
         if self.rollouts:
             self.rollouts.phases.cancel()  # without waiting: another rank may be gone
 

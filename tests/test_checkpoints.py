@@ -1,17 +1,20 @@
 """Checkpoints on a real disk: whole or not at all, damaged ones named, the newest whole one found."""
 
+import errno
 import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from aspo_lightning.cli.main import error_for_people
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_whole
-from aspo_lightning.run.disk import digest_path
-from aspo_lightning.run.folder import RunFolder, last_run
+from aspo_lightning.run.disk import digest_path, lock, write_bytes
+from aspo_lightning.run.folder import RunFolder, last_run, new_run
 
 IO = AtomicCheckpointIO()
 
@@ -55,6 +58,28 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk):
     assert "\n" not in str(e.value)
     assert path.read_bytes() == before
     assert {p.name for p in small_disk.iterdir()} == {"epoch_1.ckpt", ".epoch_1.ckpt.xxh3"}
+
+
+def test_where_nothing_can_be_locked_a_run_is_not_taken_for_another_one(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    held = lock(tmp_path)
+    with pytest.raises(RunError, match=f"Another run is writing to {tmp_path}"):
+        lock(tmp_path)
+    held.close()
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match=r"can't be locked \(Function not implemented\): nothing keeps a second run"):
+        lock(tmp_path).close()
+
+
+def test_no_room_for_what_else_a_run_keeps_is_told_in_one_line(small_disk):
+    with pytest.raises(OSError, match="No space left") as error:
+        write_bytes(small_disk / "epoch_00001.jsonl.gz", bytes(2_000_000))
+    assert list(small_disk.iterdir()) == []
+    said = str(error_for_people(error.value))
+    assert said.startswith("What the run keeps could not be written: No space left on device. Resume from the last")
+    assert error_for_people(FileNotFoundError(errno.ENOENT, "no such file")) is None
 
 
 def test_removing_a_checkpoint_removes_its_digest(tmp_path):
@@ -135,6 +160,9 @@ def test_last_is_the_newest_checkpoint_of_the_newest_run_that_has_one(tmp_path):
         save(path, at)
     (tmp_path / "version_10" / "checkpoints" / "last.ckpt").symlink_to("epoch_3.ckpt")
     (tmp_path / "version_11").mkdir()
+    for copy in ("version_10_backup2", "version_20_old", "version_"):  # of a user's, and no runs
+        shutil.copytree(tmp_path / "version_2", tmp_path / copy)
+    assert new_run(tmp_path).path.name == "version_12"
     assert last_run(tmp_path).newest_checkpoint() == tmp_path / "version_10" / "checkpoints" / "epoch_4.ckpt"
 
 

@@ -279,48 +279,6 @@ def test_a_server_that_freezes_is_told_long_before_the_time_limit(model, servers
     alone.sync_weights(weights.items())
 
 
-def deaf_server() -> ThreadingHTTPServer:
-    """A server that joins a stream, lives, and ends an update without a word on the stream, as its NCCL would."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, code: int, **body: object) -> None:
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def do_GET(self) -> None:
-            models = [{"id": "model", "max_model_len": 64}]
-            self.answer(200, data=models, world_size=1)
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-            if self.path == "/init_weight_transfer_engine":
-                join = body["init_info"]
-                rank, device = join.pop("first_rank"), torch.device("cpu")
-                self.server.stream = Stream(join.pop("address"), join.pop("port"), rank=rank, device=device, **join)
-            self.answer(500 if self.path == "/update_weights" else 200)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-def test_a_server_that_ends_an_update_without_a_word_is_told_long_before_the_time_limit():
-    server = deaf_server()
-    url = f"http://127.0.0.1:{server.server_port}"
-    trainer = VLLMServers([url])
-    trainer.start("a_model", context_length=64)
-    start = time.monotonic()
-    with pytest.raises(ConfigError, match="doesn't take the weights of a_model: .* the same model"):
-        trainer.sync_weights([("weight", torch.zeros(50_000_000))])
-    assert time.monotonic() - start < 30  # of 300
-    server.stream.group = None  # lets the trainer's end go
-    server.shutdown()
-
-
 def test_no_request_depends_on_a_connection_that_a_server_may_have_closed():
     """vLLM closes one that has been idle for five seconds, be it as the next request arrives."""
     lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -12,17 +13,23 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, Timer
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from aspo_lightning import ASPOModule, RolloutDataModule
+from aspo_lightning import ASPOModule, RolloutDataModule, trainer_settings
+from aspo_lightning.collectives import thread_group
 from aspo_lightning.engines import TransformersEngine, VLLMEngine
 from aspo_lightning.errors import ConfigError, EngineError
+from aspo_lightning.evaluation.callbacks import EvaluationResults
+from aspo_lightning.fsdp import FSDP2Strategy
 from aspo_lightning.identity import describe, incidental
 from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.rollouts.checks import check_engine_devices
 from aspo_lightning.rollouts.corrections import Bypass, TruncatedRatio
 from aspo_lightning.run.callbacks import PhaseReport
-from aspo_lightning.run.guards import CollapseGuard
+from aspo_lightning.run.folder import RunFolder
+from aspo_lightning.run.guards import CollapseGuard, GracefulStop
+from aspo_lightning.run.lightning import time_limit
 from aspo_lightning.tasks import Dataset
 
 
@@ -92,6 +99,15 @@ def trainer(*callbacks: Callback, **settings) -> Trainer:
             **settings,
         }
     )
+
+
+def kept(root: Path, *callbacks: Callback, run: str | None = None, **settings) -> Trainer:
+    """One as in the README's program, whose run is kept: a new one, or that of this name again."""
+    ours = trainer_settings(root)
+    if run:
+        ours["callbacks"][0].folder = RunFolder(root / run)
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return Trainer(**{**ours, **quiet, **settings, "callbacks": [*ours["callbacks"], *callbacks]})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -399,6 +415,73 @@ def test_after_a_fit_that_failed_the_next_one_samples_its_own_phase(parts):
     data.close()
 
 
+def test_after_a_fit_that_failed_its_folder_and_signals_are_free_and_servers_are_met_anew(parts, tmp_path):
+    class Servers(TransformersEngine):
+        apart = True
+
+        def start(self, *args, **kwargs):
+            starts.append("start")
+            super().start(*args, **kwargs)
+
+    starts: list[str] = []
+    failed, data = parts(engine=Servers())
+    before = [signal.getsignal(number) for number in GracefulStop.SIGNALS]
+    with pytest.raises(RuntimeError, match="in the middle of a phase"):
+        kept(tmp_path, Fails()).fit(failed, data)
+    assert [signal.getsignal(number) for number in GracefulStop.SIGNALS] == before
+    module, _ = parts()
+    runner = kept(tmp_path, max_epochs=1, run="version_0")
+    runner.fit(module, data)
+    assert module.trainer.global_step == 2
+    assert starts == ["start", "start"]
+    data.close()
+
+
+def test_a_trainer_that_a_signal_has_stopped_goes_on_in_its_next_fit(parts, tmp_path):
+    class Stops(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+    module, data = parts()
+    runner = kept(tmp_path, Stops(), max_epochs=3)
+    runner.fit(module, data)
+    assert module.trainer.global_step == 2
+    runner.fit(module, data)
+    assert module.trainer.global_step == 6
+    data.close()
+
+
+def test_an_evaluation_that_failed_leaves_the_next_one_its_own_completions(parts, tmp_path):
+    class Breaks(TransformersEngine):
+        broken = False
+
+        def generate(self, requests):
+            for answered, completion in enumerate(super().generate(requests)):
+                if self.broken and answered:
+                    raise OSError("the engine is gone")
+                sampled.append(completion)
+                yield completion
+
+    class Break(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            data.engine.broken = True
+
+    sampled: list[object] = []
+    module, data = parts(engine=Breaks())
+    with pytest.raises(EngineError, match="the engine is gone"):
+        kept(tmp_path, Break()).fit(module, data)
+    (journal,) = [path for path in tmp_path.rglob("journal/*") if path.is_file()]
+    before, sampled[:] = journal.read_bytes(), []
+    data.engine.broken = False
+    other, _ = parts()
+    trainer(EvaluationResults()).validate(other, data, verbose=False)
+    assert len(sampled) == len(data.val_prompts["sums"]) == 5
+    assert journal.read_bytes() == before
+    assert not list(tmp_path.rglob("result.json"))
+    data.close()
+
+
 def test_what_there_is_nothing_of_is_told_in_every_stage(parts, tiny_model):
     module, data = parts(train=None)
     trainer().validate(module, data, verbose=False)
@@ -430,7 +513,17 @@ def test_what_belongs_to_a_machine_is_not_in_a_checkpoint(parts):
 
 @pytest.mark.parametrize("strategy", ["ddp", "auto", "fsdp2"])
 def test_ranks_wait_for_one_another_as_long_with_every_strategy(strategy):
-    assert trainer(strategy=strategy, devices=2).strategy._timeout == timedelta(minutes=120)
+    assert time_limit(trainer(strategy=strategy, devices=2).strategy) == timedelta(minutes=120)
+
+
+def test_threads_of_ranks_wait_for_one_another_as_long_as_the_ranks(parts, monkeypatch):
+    asked = []
+    monkeypatch.setattr("aspo_lightning.collectives.world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **settings: asked.append(settings))
+    limit = time_limit(trainer(strategy=FSDP2Strategy(timeout_minutes=300), devices=2).strategy)
+    thread_group(limit)
+    assert asked == [{"backend": "gloo", "timeout": timedelta(minutes=300)}]
+    assert time_limit(trainer(devices=1).strategy) is None
 
 
 def test_data_modules_share_no_engine_and_no_curriculum(tiny_model):

@@ -1,12 +1,13 @@
 """The commands of ``aspo``."""
 
+import errno
 import importlib
 import os
 import sys
 import warnings
 from pathlib import Path
 
-from aspo_lightning.errors import AspoError
+from aspo_lightning.errors import RESUME, AspoError, RunError
 
 # Warnings of libraries that a user can't act on.
 HARMLESS_WARNINGS = [
@@ -32,6 +33,8 @@ OTHERS = (
 def error_for_people(error: BaseException | None) -> AspoError | None:
     """The error, or the one below it, that is for people: jsonargparse wraps those of a class that may be left out."""
     while error is not None and not isinstance(error, AspoError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return RunError(f"What the run keeps could not be written: {error.strerror}. {RESUME}.")
         error = error.__cause__ or error.__context__
     return error
 
@@ -47,7 +50,7 @@ def main() -> None:
             use_tool(command)
         else:
             use_lightning(command)
-    except (AspoError, ValueError) as error:
+    except (AspoError, ValueError, OSError) as error:
         if (cause := error_for_people(error)) is None:
             raise
         sys.exit(f"aspo: error: {cause}")

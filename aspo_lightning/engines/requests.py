@@ -1,4 +1,4 @@
-"""What a vLLM server is asked for a completion."""
+"""What vLLM is asked for a completion, and how it says that one has ended."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +22,17 @@ def request_body(request: SamplingRequest, extra: Mapping[str, Any]) -> dict[str
         "token_ids": list(request.prompt_ids),
         "sampling_params": {**extra.get("sampling_params", {}), **sampling},
     }
+
+
+def is_truncated(finish_reason: str | None) -> bool:
+    """Whether a completion was cut before it ended by itself.
+
+    Raises:
+        RuntimeError: for one that vLLM gave up, as it does where it is shut down or paused.
+    """
+    if finish_reason not in ("stop", "length", "repetition"):
+        raise RuntimeError(f"it gave up a completion: {finish_reason}")
+    return finish_reason != "stop"
 
 
 def check_extra_body(extra: Mapping[str, Any]) -> None:

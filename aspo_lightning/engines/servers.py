@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
+from anyio.from_thread import start_blocking_portal
 from torch import Tensor
 
 from aspo_lightning.collectives import barrier, rank, world_size
 from aspo_lightning.engines.access import TOKEN, headers
 from aspo_lightning.engines.base import Engine, SamplingRequest
-from aspo_lightning.engines.requests import check_extra_body, request_body
+from aspo_lightning.engines.requests import check_extra_body, is_truncated, request_body
 from aspo_lightning.engines.transfer import CHECK_S, Stream
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.identity import INCIDENTAL
@@ -99,7 +100,7 @@ class VLLMServers(Engine):
             port = listener.getsockname()[1]
         members = 1 + sum(sizes.values())
         next_rank = 1
-        answers = []
+        self._updates = []
         for url in self.urls:
             join = {
                 "address": address,
@@ -109,7 +110,7 @@ class VLLMServers(Engine):
                 "timeout_s": self.timeout_s,
             }
             # They answer when all have joined, so this process must join meanwhile.
-            answers.append(self._ask_meanwhile(url, "/init_weight_transfer_engine", init_info=join))
+            self._updates.append(self._ask_meanwhile(url, "/init_weight_transfer_engine", init_info=join))
             next_rank += sizes[url]
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         try:
@@ -124,12 +125,14 @@ class VLLMServers(Engine):
             )
         except ConnectionError as error:
             self._check_health()
+            for answer in self._updates:
+                if answer.done():
+                    answer.result()  # raises why one refused
             raise ConfigError(
                 f"A vLLM server of {self.urls} doesn't join the trainer at {address}: see its own output, and whether "
                 "this address is reached from there."
             ) from error
-        for answer in answers:
-            answer.result()
+        self._await_updates()
 
     def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
         completions = self._completions(requests)
@@ -137,9 +140,9 @@ class VLLMServers(Engine):
         async def following() -> tuple[int, Completion] | None:
             return await anext(completions, None)
 
-        # Its loop runs while the caller waits for the next. Leaving it cancels what is under way.
-        with asyncio.Runner() as runner:
-            while found := runner.run(following()):
+        # In a thread of its own: a notebook's has a loop already. Leaving it cancels what is under way.
+        with start_blocking_portal() as portal:
+            while found := portal.call(following):
                 yield found
 
     async def _completions(self, requests: Sequence[SamplingRequest]) -> AsyncIterator[tuple[int, Completion]]:
@@ -190,12 +193,17 @@ class VLLMServers(Engine):
         except httpx.TransportError as error:
             raise lost(url, error) from error
         if response.status_code != httpx.codes.OK:
+            await asyncio.to_thread(self._check_health)  # an engine that has died answers here like a bad request
             refuse(url, path, response)
         (choice,) = response.json()["choices"]
+        try:
+            truncated = is_truncated(choice["finish_reason"])
+        except RuntimeError as error:
+            raise lost(url, error) from error
         return Completion(
             tuple(choice["token_ids"]),
             tuple(token["logprob"] for token in choice["logprobs"]["content"]),
-            truncated=choice["finish_reason"] == "length",
+            truncated=truncated,
         )
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -227,8 +235,7 @@ class VLLMServers(Engine):
                     "Has it the same model?"
                 ) from error
             raise
-        for update in self._updates:
-            update.result()
+        self._await_updates()
         self._ask_all("/finish_weight_update")
         deadline = time.monotonic() + self.timeout_s
         # A server still holds the cache of its last completions for a moment after it has answered.
@@ -238,10 +245,18 @@ class VLLMServers(Engine):
             time.sleep(0.05)
 
     def _check(self) -> None:
-        """Raises if a server is gone or has ended the update in the making: a broadcast needn't notice."""
+        """Raises if a server is gone or has refused what it is asked for meanwhile: a broadcast needn't notice."""
         self._check_health()
         if any(update.done() and update.exception() for update in self._updates):
-            raise ConnectionError("a server has ended the update")
+            raise ConnectionError("a server has refused")
+
+    def _await_updates(self) -> None:
+        """Returns when all servers have answered what they were asked for meanwhile."""
+        for url, update in zip(self.urls, self._updates, strict=True):
+            try:
+                update.result(self.timeout_s)
+            except TimeoutError as error:
+                raise lost(url, f"not in {self.timeout_s:g} s") from error
 
     def _check_health(self) -> None:
         for url in self.urls:
@@ -252,12 +267,13 @@ class VLLMServers(Engine):
             return list(pool.map(lambda url: self._ask(url, "POST", path, otherwise=otherwise), self.urls))
 
     def _ask_meanwhile(self, url: str, path: str, **body: object) -> Future[Answer]:
-        """What a server will answer. One that never does keeps nobody waiting, and lets the process end."""
+        """What a server will answer, when others have done their part. One that never does lets the process end."""
+        limit = httpx.Timeout(self.timeout_s, read=None)
         answer: Future[Answer] = Future()
 
         def ask() -> None:
             try:
-                answer.set_result(self._ask(url, "POST", path, json=body))
+                answer.set_result(self._ask(url, "POST", path, timeout=limit, json=body))
             except Exception as error:
                 answer.set_exception(error)
 
@@ -270,7 +286,7 @@ class VLLMServers(Engine):
         method: str,
         path: str,
         *,
-        timeout: float | None = None,
+        timeout: float | httpx.Timeout | None = None,
         otherwise: str | None = None,
         json: Mapping[str, object] | None = None,
     ) -> Answer:

@@ -61,9 +61,13 @@ class Stream:
         self.check = check_servers or self._check_trainer
         self.work: dist.Work | None = None
         try:
-            self.store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+            self.store = dist.TCPStore(
+                address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
+            )
             self.store.set(f"device/{rank}", device_id(device))
-            check_devices([self.store.get(f"device/{i}").decode() for i in range(world_size)])
+            names = [f"device/{i}" for i in range(world_size)]
+            self._until(lambda: self.store.check(names), every=0.05)
+            check_devices([self.store.get(name).decode() for name in names])
             if device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = 2 * timeout  # after ours: NCCL ends the whole process at its own
@@ -85,17 +89,21 @@ class Stream:
         if self.store.check(["closed"]):  # raises where the trainer is gone
             raise ConnectionError("the trainer has closed the stream")
 
+    def _until(self, holds: Callable[[], bool], every: float = POLL_S) -> None:
+        """Returns when it holds; looks every second whether the others are still there."""
+        start = checked = time.monotonic()
+        while not holds():
+            time.sleep(every)
+            if time.monotonic() > checked + CHECK_S:
+                self.check()
+                checked = time.monotonic()
+            if checked > start + self.timeout_s:
+                raise ConnectionError(f"the others aren't ready after {self.timeout_s:g} s")
+
     def _broadcast(self, tensor: Tensor) -> Tensor:
         try:
             self.work = work = self.group.broadcast([tensor], dist.BroadcastOptions())
-            start = checked = time.monotonic()
-            while not work.is_completed():
-                time.sleep(POLL_S)
-                if time.monotonic() > checked + CHECK_S:
-                    self.check()
-                    checked = time.monotonic()
-                if checked > start + self.timeout_s:
-                    raise ConnectionError(f"the others aren't ready after {self.timeout_s:g} s")
+            self._until(work.is_completed)
             work.wait()  # raises what went wrong
         except RuntimeError as error:
             raise ConnectionError("another end of the stream is gone") from error

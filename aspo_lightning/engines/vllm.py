@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from aspo_lightning.collectives import world_size
 from aspo_lightning.engines.base import FULL, HALF, Adapters, Engine, EngineMemory, SamplingRequest, kv_bytes
+from aspo_lightning.engines.requests import is_truncated
 from aspo_lightning.engines.vllm_args import adapter_args, check_engine_args
 from aspo_lightning.engines.watchdog import Watchdog
 from aspo_lightning.errors import ConfigError
@@ -301,7 +302,7 @@ def _completion(output: "CompletionOutput") -> Completion:
     ids, flat = tuple(output.token_ids), output.logprobs
     if not isinstance(flat, FlatLogprobs) or tuple(flat.token_ids) != ids:
         raise RuntimeError("vLLM's log-probs are not those of the tokens that it sampled")
-    return Completion(ids, tuple(flat.logprobs), truncated=output.finish_reason == "length")
+    return Completion(ids, tuple(flat.logprobs), truncated=is_truncated(output.finish_reason))
 
 
 def _return_free_memory() -> None:

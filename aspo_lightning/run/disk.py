@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 import xxhash
+from lightning.pytorch.utilities import rank_zero_warn
 
 from aspo_lightning.errors import ConfigError, RunError
 
@@ -56,9 +57,11 @@ def lock(folder: Path) -> TextIO:
     file = (folder / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise RunError(f"Another run is writing to {folder}. Wait for its end, or start this one again.") from error
+    except OSError as error:  # a file system without locks, as some of clusters are
+        rank_zero_warn(f"{folder} can't be locked ({error.strerror}): nothing keeps a second run out of it.")
     return file
 
 

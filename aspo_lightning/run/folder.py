@@ -130,7 +130,7 @@ def _steps(checkpoint: Path) -> float:
 
 def new_run(root: Path) -> RunFolder:
     """The next free folder below ``root``, not made yet."""
-    return RunFolder(root / f"version_{1 + max((_number(run) for run in root.glob('version_*')), default=-1)}")
+    return RunFolder(root / f"version_{1 + max(_runs(root), default=-1)}")
 
 
 def last_run(root: Path) -> RunFolder:
@@ -139,7 +139,7 @@ def last_run(root: Path) -> RunFolder:
     Raises:
         ConfigError: if there is none.
     """
-    for path in sorted(root.glob("version_*"), key=_number, reverse=True):
+    for _, path in sorted(_runs(root).items(), reverse=True):
         if (run := RunFolder(path)).has_checkpoints():
             return run
     raise ConfigError(
@@ -148,8 +148,10 @@ def last_run(root: Path) -> RunFolder:
     )
 
 
-def _number(run: Path) -> int:
-    return int(re.sub(r"\D", "", run.name) or -1)
+def _runs(root: Path) -> dict[int, Path]:
+    """The runs below ``root`` by their number. Folders with other names, such as copies, are none of them."""
+    names = ((re.fullmatch(r"version_(\d+)", path.name), path) for path in root.glob("version_*"))
+    return {int(match[1]): path for match, path in names if match}
 
 
 def is_run(source: Path) -> bool:
@@ -202,6 +204,9 @@ class RunRecord(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which doesn't come
 
 
 def run_folder(trainer: Trainer) -> RunFolder | None:

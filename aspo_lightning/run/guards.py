@@ -212,6 +212,7 @@ class GracefulStop(Callback):
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.received = None
         if threading.current_thread() is not threading.main_thread():
             return
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -236,3 +237,6 @@ class GracefulStop(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which doesn't come

@@ -3,6 +3,7 @@
 tests/test_private_names.py says whether all of it is still there.
 """
 
+from datetime import timedelta
 from subprocess import Popen
 from typing import TypeVar
 
@@ -65,6 +66,11 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def started_ranks(strategy: Strategy) -> list[Popen[bytes]]:
     """The processes that this one has started for the other ranks of its machine, from rank 1 on."""
     return getattr(strategy.launcher, "procs", [])
+
+
+def time_limit(strategy: Strategy) -> timedelta | None:
+    """How long its ranks wait for one another. None: it has none of its own."""
+    return getattr(strategy, "_timeout", None)
 
 
 def next_epoch(trainer: Trainer) -> int:
