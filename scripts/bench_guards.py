@@ -28,7 +28,7 @@ class SameEpoch(Rollouts):
 
     seconds: list[float] = []  # noqa: RUF012
 
-    def phase(self, policy, epoch):
+    def phase(self, policy, epoch, *, end=None):
         now = time.perf_counter()
         callbacks = policy.trainer.callbacks
         if epoch:

@@ -42,8 +42,8 @@ class VLLMServers(Engine):
         timeout_s: how long servers and trainer wait for each other when weights are sent.
         extra_body: fields of each request that go to the servers as they are, such as ``priority``, or
             ``sampling_params: {min_tokens: 2}``. Those that a request has anyway are refused.
-        max_num_seqs: completions that a server is asked for at a time, each on a connection of its own: as many as it
-            samples, see its own ``--max-num-seqs``.
+        max_num_seqs: completions that a rank asks a server for at a time, each on a connection of its own: as many as
+            it samples, see its own ``--max-num-seqs``.
     """
 
     apart = True

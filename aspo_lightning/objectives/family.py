@@ -167,7 +167,7 @@ class ClipCov(TokenMask):
     """Clip-Cov (arXiv 2505.22617, eq. 11 and 12): GRPO, but a few tokens that would cost much entropy get no gradient.
 
         cov_t = (log pi_t - mean log pi) * (A_t - mean A)
-        w     = m_t * r_t, but 0 for up to ``fraction * N`` tokens with m_t = 1 and cov_low < cov_t < cov_high
+        w     = m_t * r_t, but 0 for up to max(1, fraction * N) tokens with m_t = 1 and cov_low < cov_t < cov_high
 
     Means and choice are over the N tokens of a micro-batch, as in its authors' code, so the gradient depends on how a
     step is split. The choice is drawn from a seed that follows from how many there are to choose from: a resumed run
