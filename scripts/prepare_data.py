@@ -98,6 +98,8 @@ def main(
     """
     if not 0 < near <= 1:
         raise ConfigError(f"near is {near}; it must be above 0 and at most 1.")
+    if out.suffix not in (".jsonl", ".json"):
+        raise ConfigError(f"--out is {out}; its name must end with .jsonl, which is what is written.")
     settings = {key: str(value) for key, value in locals().items() if key != "out"}
     task = Dataset(source, question, answer, id, subset=subset, split=split)
     tokenizer = None

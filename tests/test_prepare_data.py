@@ -91,6 +91,9 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     assert out.read_text() == "precious"
     bad = prepare("--source", source, "--out", str(tmp_path / "other.jsonl"), "--near", "0")
     assert "near is 0" in bad.stderr
+    packed = prepare("--source", source, "--out", str(tmp_path / "out.jsonl.gz"))
+    assert "its name must end with .jsonl" in packed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 def test_killed_and_started_again_it_writes_the_same_file(tmp_path):

@@ -27,6 +27,14 @@ def test_the_table_has_both_ends_of_the_curve_and_of_each_benchmark(tmp_path, ca
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_goes_where_it_can_or_is_refused_before_anything_is_read(tmp_path, capsys):
+    write_run(tmp_path / "version_0", [0.0] * 5, 0.25, 0.75)
+    report.main([str(tmp_path / "version_0"), "--figure", str(tmp_path / "new" / "f.svg")])
+    assert (tmp_path / "new" / "f.svg").read_text().startswith("<?xml")
+    with pytest.raises(ConfigError, match=r"f\.foo; its name must end with one of \.png, \.pdf, \.svg, \.jpg"):
+        report.main([str(tmp_path / "nothing"), "--figure", str(tmp_path / "f.foo")])
+
+
 def test_runs_of_one_name_are_told_apart_and_drawn_with_the_curves_asked_for(tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import reasoning_gym
+from reasoning_gym.factory import DATASETS
 
 from aspo_lightning.environments.second_chance import environment as second_chance
 from aspo_lightning.errors import ConfigError
@@ -18,6 +20,7 @@ from aspo_lightning.rewards.choice import chosen_letter
 from aspo_lightning.rewards.choice import reward as choice_reward
 from aspo_lightning.rewards.math import accepted_answers, last_boxed
 from aspo_lightning.rewards.math import reward as math_reward
+from aspo_lightning.rewards.reasoning_gym import is_formula
 from aspo_lightning.rewards.reasoning_gym import reward as gym_reward
 from tests.support.judging import judged
 from tests.support.processes import eventually
@@ -200,6 +203,59 @@ def test_reasoning_gym_takes_the_tagged_answer_or_all_of_the_completion():
     assert gym_reward(f"x{answer}", row) == pytest.approx(len(answer) / (len(answer) + 1))
 
 
+def test_no_verifier_of_reasoning_gym_runs_what_a_model_says(tmp_path):
+    """Some hand an answer to eval, or to SymPy, which evaluates it as Python."""
+    trace = tmp_path / "trace"
+    path = "+".join(f"chr({ord(c)})" for c in str(trace))
+    hostile = [
+        f"open('{trace}', 'w')",
+        f"open({path}, chr(119))",
+        f"[open('{trace}', 'w')]",
+        f"x.__class__.__base__.__subclasses__() or open({path}, chr(119))",
+        "list(oracle_answer)",
+        "[r.split() for r in valid_solutions[0].split(chr(10))]",
+    ]
+    judged = {}
+    for name in sorted(DATASETS):
+        try:
+            row = reasoning_gym.create_dataset(name, size=1, seed=1)[0]
+        except Exception:  # some want settings, or data from elsewhere
+            continue
+        wrong = []
+        for answer in hostile:
+            with suppress(Exception):  # some verifiers raise: such a completion scores 0
+                wrong.append(gym_reward(f"<answer>{answer}</answer>", row))
+        assert not trace.exists(), name
+        judged[name] = max(wrong, default=0), gym_reward(f"<answer>{row['answer']}</answer>", row)
+    for name in (
+        *("countdown", "puzzle24", "n_queens", "string_insertion", "spiral_matrix", "binary_matrix", "number_sorting"),
+        *("polynomial_multiplication", "simple_integration", "intermediate_integration"),
+    ):
+        wrong, right = judged[name]
+        assert wrong < 0.1, name
+        assert right == 1, name
+
+
+@pytest.mark.parametrize(
+    ("answer", "formula"),
+    [
+        ("(1 + 2)*3.5 - 4**2 / x", True),
+        ("exp(2*x)*sin(y) + C", True),
+        ("alpha + 1", True),  # a name of the expected answer
+        ("beta + 1", False),
+        ("x.real", False),
+        ("1 .real", False),
+        ("eval(x)", False),
+        ("__import__(x)", False),
+        ("'x'", False),
+        ("[x]", False),
+        ("x\n+ 1", True),
+    ],
+)
+def test_what_sympy_may_read(answer, formula):
+    assert is_formula(answer, "2*alpha + x") == formula
+
+
 GYM_ROW = reasoning_gym.create_dataset("chain_sum", size=1, seed=7)[0]
 THINKERS = {
     "math": (math, r"\boxed{7}", {"answer": "7"}),
@@ -326,6 +382,8 @@ def test_hostile_answers_fail_within_the_limit_and_the_pool_goes_on(name):
         ("Answer: C", "C"),
         ("**Answer: C**", "C"),
         ("the answer is A, no, the answer is B", "B"),
+        ("answer" + "\n" * 5000 + "x Answer: B", "B"),
+        ("\\boxed{" + " " * 10_000 + "}", None),
         ("B", "B"),
         ("(B).", "B"),
         ("A cat", None),

@@ -192,6 +192,24 @@ def test_a_server_killed_in_mid_phase_is_told_and_nothing_of_the_phase_is_traine
     assert len(read_run(run)["policy/loss"]) == epochs + 1
 
 
+def test_a_trainer_that_is_gone_leaves_nothing_in_a_server(model, servers):
+    def gloo() -> int:
+        """Its threads, in all processes of the server."""
+        threads = subprocess.run(["ps", "-eLo", "pgid=,comm="], capture_output=True, text=True, check=True).stdout
+        names = [line.split(maxsplit=1) for line in threads.splitlines()]
+        return sum("gloo" in name for group, name in names if int(group) == servers[0].process.pid)
+
+    weights = load_file(f"{model}/model.safetensors")
+    left = []
+    for _ in range(3):
+        trainer = VLLMServers([servers[0].url])
+        trainer.start(model, context_length=64)
+        trainer.sync_weights(weights.items())
+        left.append(gloo())
+        trainer.stop()
+    assert left[0] == left[1] == left[2] > 0
+
+
 @pytest.mark.parametrize("part", ["all of it", "its engine"])
 def test_a_server_lost_while_it_takes_weights_lets_the_other_go(model, servers, third, part):
     weights = load_file(f"{model}/model.safetensors")

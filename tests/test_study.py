@@ -442,6 +442,7 @@ def test_results_are_written_from_what_a_finished_run_left(study, tmp_path, monk
         "Not all runs come from the same code, versions, processor and weights: origin.json says which do.\n"
     )
     kept, before = (folder / "runs" / "results" for folder in (tmp_path, study[0]))
+    assert (kept / "study.yaml").read_text() == study[1].read_text()
     for name in ("curves.csv", "report.md", "figure.png", "configs/a.yaml"):
         assert (kept / name).read_bytes() == (before / name).read_bytes()
     found = json.loads((kept / "origin.json").read_text())

@@ -264,6 +264,8 @@ BAD_ROWS = {
     "no object": (b'{"question": "1+1", "answer": 2}\n[1]', "sums.jsonl:2 is a list"),
     "no JSON": (b'{"question": "1+1", "answer": 2}\n{', "sums.jsonl:2 isn't JSON"),
     "deep": (b"[" * 200_000, "sums.jsonl:1 isn't JSON"),
+    "half a surrogate pair": (b'{"question": "\\ud835 x", "answer": 2}', "sums.jsonl:1 has half of a surrogate pair"),
+    "half of one in an answer": (b'{"question": "x", "answer": ["\\ud835"]}', "sums.jsonl:1 has half of a surrogate"),
     "no UTF-8": (b'{"question": "1+1", "answer": 2}\n\n{"question": "\xff"}', "sums.jsonl:3 isn't UTF-8"),
 }
 
@@ -310,6 +312,9 @@ def test_unusable_tasks_are_refused(tokenizer, tmp_path):
         Dataset(str(tmp_path / "none.jsonl")).prompts(tokenizer)
     with pytest.raises(ConfigError, match=r"The dataset 'some/name' .* can't be loaded"):
         Dataset("some/name").prompts(tokenizer)
+    for path in ("hf://datasets/x", "hf://owner/name/file.jsonl", "hf://datasets/owner/name/file.csv"):
+        with pytest.raises(ConfigError, match="must be like hf://datasets/OWNER/NAME/FILE.jsonl"):
+            Dataset(path).prompts(tokenizer)
     with pytest.raises(ConfigError, match="must hold {question}"):
         Dataset("a.jsonl", template="Solve it.")
     with pytest.raises(ConfigError, match="at least one reward"):

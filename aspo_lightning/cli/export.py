@@ -16,6 +16,7 @@ from aspo_lightning.policy.hub import load_tokenizer
 from aspo_lightning.policy.settings import ModelSettings
 from aspo_lightning.policy.weights import full_weights, without_frozen
 from aspo_lightning.run.checkpoints import metadata, trained_from
+from aspo_lightning.run.disk import check_writable
 from aspo_lightning.run.folder import find_checkpoint
 
 
@@ -32,9 +33,10 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty folder. Choose another place.")
+    target = target.resolve()
+    check_writable(target.parent, "another OUT_DIR")
     checkpoint = find_checkpoint(source)
     policy, name = load_policy(checkpoint)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         folder = Path(temporary) / target.name
         weights = {key: value.to(dtype or value.dtype) for key, value in full_weights(policy.lm)}
@@ -46,7 +48,7 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
         config.architectures, config.dtype = [type(policy.lm).__name__], dtype or policy.lm.dtype
         config.save_pretrained(folder)
         load_tokenizer(name).save_pretrained(folder)
-        card = model_card(target.resolve().name, checkpoint, dtype or policy.lm.dtype)
+        card = model_card(target.name, checkpoint, dtype or policy.lm.dtype)
         (folder / "README.md").write_text(card)
         folder.rename(target)
 

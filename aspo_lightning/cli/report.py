@@ -15,11 +15,13 @@ from aspo_lightning.evaluation.results import RESULT, Interval, Result, show
 from aspo_lightning.identity import flat
 from aspo_lightning.markdown import markdown_table
 from aspo_lightning.run.curves import Curves, by_epoch, read_run
+from aspo_lightning.run.disk import check_writable
 from aspo_lightning.study import against
 from aspo_lightning.study import report as study_report
 from aspo_lightning.study.folder import StudyResults
 from aspo_lightning.study.table import results as without_clocks
 
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 CURVES = ["rollout/accuracy", "policy/entropy", "policy/clip_fraction_positive", "policy/clip_fraction_negative"]
 """Drawn of runs, if nothing else is asked for."""
 
@@ -247,6 +249,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.arm is not None:
         raise ConfigError("--arm is of --against, which wasn't given.")
     picture = options.figure or Path("report.png")
+    check_writable(picture.parent, "--figure")
+    if picture.suffix not in PICTURES:
+        raise ConfigError(f"--figure is {picture}; its name must end with one of {', '.join(PICTURES)}.")
     if len(options.sources) == 1 and (kept := StudyResults(options.sources[0])).exists:
         study, found = kept.study(), kept.table()
         drawn = options.curves or study.curves

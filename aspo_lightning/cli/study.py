@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
     source = Path(find_config(options.study))
-    study = read_study(source)
+    study, text = read_study(source), source.read_text()
     folder = options.folder or Path("runs") / "studies" / source.stem
     at_a_time = 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // study.threads)
     jobs = at_a_time if options.jobs is None else options.jobs
@@ -40,11 +40,11 @@ def main(arguments: Sequence[str]) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)
     with lock(folder):
-        make(study, source, folder, jobs)
+        make(study, text, folder, jobs)
 
 
-def make(study: Study, source: Path, folder: Path, jobs: int) -> None:
-    """Trains what isn't finished, and reports; ``source`` is the study's file."""
+def make(study: Study, text: str, folder: Path, jobs: int) -> None:
+    """Trains what isn't finished, and reports; ``text`` is that of the study's file."""
     cells = [CellFolder(study, folder, cell) for cell in study.cells]
     results = StudyResults(folder / RESULTS)
     results.check(study)
@@ -54,7 +54,7 @@ def make(study: Study, source: Path, folder: Path, jobs: int) -> None:
         fit_all(cells, jobs)
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command resumes the study.")
-    results.write(source, study, cells)
+    results.write(text, study, cells)
     print(f"{results.report()}\n\nTable, figure and origin: {results.path}")
     if len(origins(cells)) > 1:
         print("Not all runs come from the same code, versions, processor and weights: origin.json says which do.")

@@ -227,6 +227,7 @@ class VLLMServers(Engine):
             stream.end()
         except BaseException as error:
             stream.close()  # the other servers still wait for the next tensor
+            self._stream = None
             if isinstance(error, ConnectionError):
                 wait(self._updates, timeout=CHECK_S)  # a server learns a moment later that its engine is gone
                 self._check_health()  # names the one that is gone

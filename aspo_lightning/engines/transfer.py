@@ -24,6 +24,8 @@ from aspo_lightning.errors import ConfigError
 HEADER_BYTES = 1024
 POLL_S = 1e-4
 CHECK_S = 1.0
+UNFINISHED: list[Any] = []
+"""Groups that are kept for ever: gloo would wait for what they have under way, for as long as the time limit is."""
 
 
 class Stream:
@@ -58,7 +60,7 @@ class Stream:
     ) -> None:
         self.rank, self.device, self.timeout_s = rank, device, timeout_s
         timeout = timedelta(seconds=timeout_s)
-        self.check = check_servers or self._check_trainer
+        self.check_servers = check_servers
         self.work: dist.Work | None = None
         try:
             self.store = dist.TCPStore(
@@ -78,15 +80,20 @@ class Stream:
             raise ConnectionError(f"the others didn't come within {timeout_s:g} s") from error
 
     def close(self) -> None:
-        """Ends the stream, so that no other end waits for this one."""
+        """Ends the stream, so that no other end waits for this one. May be called more than once."""
+        if self.group is None:
+            return
         if self.rank == 0:
             self.store.set("closed", "")
         self.group.abort()  # what NCCL has under way
-        if self.work is None or self.work.is_completed():
-            self.group = None  # gloo closes its connections then; but first it would wait for what is under way
+        if self.work is not None and not self.work.is_completed():
+            UNFINISHED.append(self.group)
+        self.group = None  # gloo closes its connections and ends its threads then
 
-    def _check_trainer(self) -> None:
-        if self.store.check(["closed"]):  # raises where the trainer is gone
+    def _check(self) -> None:
+        if self.check_servers is not None:
+            self.check_servers()
+        elif self.store.check(["closed"]):  # raises where the trainer is gone
             raise ConnectionError("the trainer has closed the stream")
 
     def _until(self, holds: Callable[[], bool], every: float = POLL_S) -> None:
@@ -95,7 +102,7 @@ class Stream:
         while not holds():
             time.sleep(every)
             if time.monotonic() > checked + CHECK_S:
-                self.check()
+                self._check()
                 checked = time.monotonic()
             if checked > start + self.timeout_s:
                 raise ConnectionError(f"the others aren't ready after {self.timeout_s:g} s")

@@ -63,6 +63,7 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
     stream: Stream | None = None
 
     def init_transfer_engine(self, init_info: Rendezvous) -> None:
+        self.shutdown()  # what is left of an earlier trainer: connections and threads, over NCCL memory
         parallel = self.parallel_config
         self.stream = Stream(
             init_info.address,
@@ -98,7 +99,9 @@ class StreamedWeights(WeightTransferEngine[Rendezvous, Nothing]):
                 pack_head(self.model)
 
     def shutdown(self) -> None:
-        self.stream = None
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
 
 
 def embeddings(model: nn.Module) -> dict[str, VocabParallelEmbedding]:

@@ -188,7 +188,7 @@ def read_known(folder: Path) -> dict[tuple[str, str, int], Known]:
     for path in [folder / COMPLETIONS, *sorted((folder / JOURNAL).glob("*.jsonl"))]:
         if not path.exists():
             continue
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(errors="replace").split("\n"):  # a text may hold other ends of lines
             try:
                 record = json.loads(line)
                 key = record.pop("benchmark"), record.pop("id"), record.pop("sample")

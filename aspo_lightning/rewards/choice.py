@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from aspo_lightning.rewards.math import last_boxed
 from aspo_lightning.rewards.thinking import answer_part
 
+# Possessive (*+) where spaces meet spaces: going back among them would take time by their cube.
 # "the answer is (B)", "Answer: B", "**Answer: B**"
-_STATED = re.compile(r"(?i:answer(?:\s+is)?)\s*:?\s*[*_$]*\(?\s*([A-Z])\b")
+_STATED = re.compile(r"(?i:answer(?:\s+is)?)\s*+:?\s*+[*_$]*+\(?\s*+([A-Z])\b")
 _ALONE = re.compile(r"\W*([A-Z])\W*")
 # "B", "(b)", "\text{B}", "\mathbf{(B) 5 cm}", "B. Because"; a lower-case letter with words after it is an article.
-_LABELLED = re.compile(r"[\s$*]*(?:\\[A-Za-z]+\s*\{\s*)*\(?\s*(?:([A-Z])(?:[).:\s}$*]|$)|([a-z])(?:[).:}$*]|\s*$))")
+_LABELLED = re.compile(
+    r"[\s$*]*+(?:\\[A-Za-z]++\s*+\{\s*+)*+\(?\s*+(?:([A-Z])(?:[).:\s}$*]|$)|([a-z])(?:[).:}$*]|\s*$))"
+)
 
 
 class ChoiceReward:

@@ -20,7 +20,8 @@ from aspo_lightning.rewards.inside_sandbox import decode, encode
 from aspo_lightning.rewards.sandbox import Failed, Limits, Process, check_isolation, run_script
 from aspo_lightning.rewards.thinking import answer_part
 
-_FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```([^\n`]*)\n(.*?)```", re.DOTALL)
+_PYTHON = ("", "python", "python3", "py")
 
 
 class StdinTest(NamedTuple):
@@ -104,15 +105,24 @@ def passes(code: str, tests: list[Test], limits: Limits, *, isolated: bool) -> b
 def _seconds(time_limit: object) -> float:
     if isinstance(time_limit, Mapping):
         time_limit = (time_limit.get("seconds") or 0) + (time_limit.get("nanos") or 0) / 1e9
-    return float(str(time_limit or Limits().seconds))
+    if isinstance(time_limit, str):  # TACO: "2.0 seconds"
+        time_limit = time_limit.lower().removesuffix("seconds").removesuffix("second")
+    seconds = float(str(time_limit or Limits().seconds))
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"time_limit is {time_limit!r}; it must be a number of seconds")
+    return seconds
 
 
 def extract_code(completion: str) -> str | None:
-    """The last fenced block after the thinking; without one, all that is there. None while it's still thinking."""
+    """The last fenced block after the thinking; without one, all that is there. None while it's still thinking.
+
+    Blocks of another language, such as a sample of the output, count only where there are no others.
+    """
     if (text := answer_part(completion)) is None:
         return None
-    blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else text
+    blocks = [((info.split() or [""])[0].lower(), code) for info, code in _FENCE.findall(text)]
+    python = [code for language, code in blocks if language in _PYTHON]
+    return (python or [code for _, code in blocks] or [text])[-1]
 
 
 def parse_tests(source: object, function: str | None = None) -> Iterator[Test]:

@@ -74,4 +74,5 @@ def main(fd: int, memory_bytes: int) -> None:
 
 if __name__ == "__main__":
     sys.setrecursionlimit(10_000)
+    sys.set_int_max_str_digits(0)  # the time limit is enough
     main(int(sys.argv[1]), int(sys.argv[2]))

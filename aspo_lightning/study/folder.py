@@ -55,10 +55,10 @@ class StudyResults:
                 "the study another folder with --folder."
             )
 
-    def write(self, source: Path, study: Study, cells: Sequence[CellFolder]) -> None:
-        """Writes it all from finished cells; ``source`` is the study's file."""
+    def write(self, text: str, study: Study, cells: Sequence[CellFolder]) -> None:
+        """Writes it all from finished cells; ``text`` is that of the study's file, as it was before the runs."""
         (self.path / "configs").mkdir(parents=True, exist_ok=True)
-        write_text(self._study, source.read_text())
+        write_text(self._study, text)
         table: Table = {}
         seconds: Table = {}
         for cell in cells:

@@ -119,7 +119,7 @@ def figure(study: Study, table: Table, path: Path) -> None:
         axis.grid(alpha=0.3)
     labels = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     drawing.legend(handles=[*labels.values()], loc="outside lower center", ncols=min(len(labels) or 1, 2 * columns))
-    drawing.savefig(path, dpi=110, metadata={"Software": None})
+    drawing.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
     pyplot.close(drawing)
 
 

@@ -1,9 +1,10 @@
 """Tasks from the rows of a file or a hub dataset."""
 
 import hashlib
+import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
@@ -110,6 +111,7 @@ class Dataset(Task):
                 raise ConfigError(
                     f"{where}: all of {', '.join(map(repr, self.answer))} are empty. A row needs an answer."
                 )
+        _check_text(where, [*texts, answer])
         return "\n\n".join(text for text in texts if text), {"answer": answer}
 
 
@@ -150,6 +152,7 @@ class MultipleChoice(Dataset):
             digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
             random.Random(int.from_bytes(digest, "little")).shuffle(order)
             options, right = [options[i] for i in order], order.index(0)
+        _check_text(where, options)
         lines = [f"{_letter(i)}. {str(option).strip()}" for i, option in enumerate(options)]
         return "\n".join([f"{question}\n", *lines]), {"answer": _letter(right), "options": options}
 
@@ -171,6 +174,14 @@ def _filled(where: str, row: Row, path: str) -> object:
     if _is_empty(value):
         raise ConfigError(f"{where}: {path!r} is empty ({value!r}).")
     return value
+
+
+def _check_text(where: str, values: Sequence[object]) -> None:
+    """Raises ConfigError for half of a surrogate pair, which JSON lets through: no tokenizer and no file takes it."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} has half of a surrogate pair ({error.object[error.start]!r}): no text.") from error
 
 
 def _is_empty(value: object) -> bool:

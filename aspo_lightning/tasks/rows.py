@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,9 +65,10 @@ def _hub_file(path: str) -> Path:
     """A file of a dataset on the hub, downloaded unless it is in the cache."""
     from huggingface_hub import hf_hub_download
 
-    owner, name, *file = path.removeprefix("hf://datasets/").split("/")
+    if (parts := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+\.(?:jsonl|json|gz|parquet))", path)) is None:
+        raise ConfigError(f"The file {path!r} must be like hf://datasets/OWNER/NAME/FILE.jsonl, or .parquet.")
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", "/".join(file), repo_type="dataset"))
+        return Path(hf_hub_download(parts[1], parts[2], repo_type="dataset"))
     except Exception as error:  # of many kinds: no network, no such name, gated
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"The file {path!r} can't be loaded from the hub: {reason}") from error
