@@ -111,6 +111,8 @@ class RolloutDataModule(LightningDataModule):
         self._stop_sampling()  # of a fit that failed
         self._forget_phase()
         self.results = None  # of an evaluation that failed
+        if self.probe:
+            self.probe.first = None  # an earlier fit may have been in another precision
         if not (self.train_prompts or self.val_prompts):
             self._prepare()
         if self.trainer is None:

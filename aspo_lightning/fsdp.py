@@ -237,11 +237,17 @@ def load_sharded(
     # Buffers that are in no state dict: a rotary embedding's frequencies and the like. FSDP leaves buffers unsharded.
     persistent = set(model.state_dict())
     buffers = dict(source.named_buffers()) if source else {}
-    shared = [(source.packs if source else True, {n: b.cpu() for n, b in buffers.items() if n not in persistent})]
+    # How names and shapes of the hub become transformers': what is made without weights doesn't know.
+    conversions = getattr(source.lm, "_weight_conversions", None) if source else None
+    shared = [
+        (source.packs if source else True, conversions, {n: b.cpu() for n, b in buffers.items() if n not in persistent})
+    ]
     dist.broadcast_object_list(shared, src=0)
-    ((model.packs, buffers),) = shared
+    ((model.packs, conversions, buffers),) = shared
+    if conversions is not None:
+        model.lm._weight_conversions = conversions
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
-    for name, value in buffers.items():
+    for name, value in {**dict(model.named_buffers()), **buffers}.items():  # offloaded shards don't take theirs along
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, value.to(device))
     return model

@@ -148,6 +148,9 @@ class ASPOModule(LightningModule):
         }
 
     def on_fit_start(self) -> None:
+        for metric in self.token_metrics.values():  # of a phase that an earlier fit has broken off
+            metric.reset()
+        self._loss_is_finite = torch.tensor(True)
         if self.reference is not None and not isinstance(self.reference, FSDPModule):
             self.reference.to(self.device)
 
@@ -170,9 +173,10 @@ class ASPOModule(LightningModule):
             return self._logprobs(self.reference, batches, "score reference")
         assert self.policy is not None
         set_adapters(self.policy, False)
-        logprobs = self._logprobs(self.policy, batches, "score reference")
-        set_adapters(self.policy, True)
-        return logprobs
+        try:
+            return self._logprobs(self.policy, batches, "score reference")
+        finally:
+            set_adapters(self.policy, True)
 
     def _logprobs(self, model: ScoredCausalLM, batches: Sequence[MicroBatch], description: str) -> list[Tensor]:
         strategy = self.trainer.strategy

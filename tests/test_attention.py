@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,11 +149,25 @@ def test_a_gpus_kernel_gets_16_bits_the_bounds_and_the_window(monkeypatch, row_l
         return by_hand(query.double(), key.double(), value.double(), tokens, scale, left + 1 if left >= 0 else None)
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_has_kernel", lambda query, value: query.dtype == torch.bfloat16)
     exact = [x.to(torch.bfloat16).double() for x in row(len(seen))]
     for window in (None, 2):
         ours = packed_attention(*row(len(seen), torch.bfloat16), packing, scale=0.5, window=window)
         torch.testing.assert_close(ours, by_hand(*exact, seen, 0.5, window))
+
+
+def test_the_kernel_is_left_to_heads_that_it_takes():
+    def taken(query: int, value: int, dtype=torch.bfloat16, device="cuda") -> bool:
+        kinds = {"dtype": dtype, "device": torch.device(device)}
+        return attention._has_kernel(*(SimpleNamespace(shape=(7, 2, size), **kinds) for size in (query, value)))
+
+    assert taken(64, 64)
+    assert taken(256, 256)
+    assert not taken(192, 128)  # DeepSeek-V3
+    assert not taken(512, 512)  # Gemma 4
+    assert not taken(20, 20)
+    assert not taken(64, 64, dtype=torch.float32)
+    assert not taken(64, 64, device="cpu")
 
 
 def test_under_autocast_the_kernel_gets_16_bits_of_all_three(tiny_model, monkeypatch):
@@ -165,7 +180,7 @@ def test_under_autocast_the_kernel_gets_16_bits_of_all_three(tiny_model, monkeyp
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "_autocast_dtype", torch.get_autocast_dtype)
-    monkeypatch.setattr(attention, "_has_kernel", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_has_kernel", lambda query, value: query.dtype == torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         model(MicroBatch.from_sequences(sequences([5, 3])))
     assert seen == [torch.bfloat16] * 6

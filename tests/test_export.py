@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 from markdown_it import MarkdownIt
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
 
 from aspo_lightning import ASPOModule
 from aspo_lightning.cli.card import model_card
@@ -56,6 +57,29 @@ def test_an_empty_folder_one_is_in_can_be_exported_to(checkpoint, tmp_path, monk
     main([str(checkpoint), "."])
     assert "# here" in (tmp_path / "here" / "README.md").read_text()
     assert (tmp_path / "here" / "config.json").is_file()
+
+
+def test_weights_that_are_buffers_are_exported_too_and_stay_in_their_own_dtype(tmp_path):
+    """As of GLM's router, whose bias chooses the experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = Glm4MoeConfig(**sizes, **heads, **experts, eos_token_id=1, pad_token_id=0)
+    torch.manual_seed(0)
+    model = Glm4MoeForCausalLM(config)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(bias).copy_(torch.tensor([1.0, -1.0, 0.5, 0.3]))
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    main([str(save_checkpoint(tmp_path / "model", tmp_path / "epoch.ckpt")), str(tmp_path / "out")])
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.get_buffer(bias).tolist() == model.get_buffer(bias).tolist()
+    ids = torch.randint(128, (1, 12))
+    assert torch.equal(exported(ids).logits, model.eval()(ids).logits)
+    main([str(tmp_path / "epoch.ckpt"), str(tmp_path / "half"), "--dtype", "bfloat16"])
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert half[bias].dtype == torch.float32
+    assert half["lm_head.weight"].dtype == torch.bfloat16
 
 
 def test_an_export_has_all_that_plain_transformers_needs_to_chat(checkpoint, tmp_path):

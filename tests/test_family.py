@@ -120,7 +120,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def top_entropy(t: Token, response: list[Token]) -> float:
-    high = t.entropy > quantile([s.entropy for s in response], 0.8)
+    high = t.entropy >= quantile([s.entropy for s in response], 0.8)
     return masked(lambda t: t.r, high=0.28)(t, response) if high else 0.0
 
 
@@ -354,6 +354,25 @@ def surrogate(name: str, logp, old, mu, a, index):
 
 
 SURROGATES = ("ASPO", "GRPO", "DAPO", "CISPO", "SAPO", "GSPO", "GMPO", "DPPO", "DPPO, KL", "ClipCov")
+
+
+def test_of_a_completion_the_tokens_of_highest_entropy_are_never_none():
+    """As its authors' code takes ceil(fraction * N) of them; a fraction of 1 is DAPO."""
+    index = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2, 2])
+    entropy = torch.tensor([0.3, 0.0, 0.0, 0.0, 0.1, 0.6, 0.2, 0.5, 0.4, 0.3], dtype=torch.float64)
+    ones = torch.ones(10, dtype=torch.float64)
+    weights = EntropyTopFraction().token_weights(ones, ones, sequence_index=index, token_entropy=entropy).weights
+    assert weights.tolist() == [1, 1, 1, 1, 0, 1, 0, 1, 0, 0]
+    whole = EntropyTopFraction(top_fraction=1.0)
+    assert whole.token_weights(ones, ones, sequence_index=index, token_entropy=entropy).weights.tolist() == [1] * 10
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_token_that_a_mask_has_cut_counts_in_gmpos_ratio_by_the_side_of_its_completion(sign):
+    ratio = torch.tensor([1.0, 2.0], dtype=torch.float64).log().mul(sign).mul(3).exp()
+    advantages = torch.tensor([sign, 0.0], dtype=torch.float64)
+    weights = GMPO().token_weights(ratio, advantages, sequence_index=torch.zeros(2, dtype=torch.long)).weights
+    assert weights.tolist() == pytest.approx([math.exp(sign * 0.4 / 2), 0])
 
 
 @pytest.mark.parametrize("name", SURROGATES)

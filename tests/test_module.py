@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from aspo_lightning import ASPOModule
@@ -59,6 +61,32 @@ def test_a_module_may_be_fitted_again_in_another_precision(tiny_model, precision
     module = ASPOModule(tiny_model, optimizer=adam(0.0))
     for precision in precisions:
         assert fit(module, Phases(make_groups()), precision=precision)["policy/kl"] == 0
+
+
+def test_a_fit_that_broke_in_a_phase_leaves_nothing_in_the_next_one_s_curves(tiny_model):
+    class Breaks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("as told")
+
+    fresh = fit(ASPOModule(tiny_model, optimizer=adam(0.0)), Phases(make_groups()))
+    module = ASPOModule(tiny_model, optimizer=adam(0.0))
+    with pytest.raises(RuntimeError, match="as told"):
+        fit(module, Phases(make_groups()), callbacks=[Breaks()])
+    assert fit(module, Phases(make_groups())) == fresh
+
+
+def test_scoring_the_reference_that_failed_leaves_the_adapters_on(tiny_model, monkeypatch):
+    def fails(*args, **kwargs):
+        raise MemoryError
+
+    module = ASPOModule(tiny_model, lora_rank=2)
+    module.configure_model()
+    monkeypatch.setattr(module, "_logprobs", fails)
+    with pytest.raises(MemoryError):
+        module.score_reference([])
+    layers = [layer for layer in module.policy.lm.modules() if isinstance(layer, LoraLayer)]
+    assert layers
+    assert not any(layer.disable_adapters for layer in layers)
 
 
 def test_with_updates_the_policy_moves_and_the_reference_does_not(tiny_model):

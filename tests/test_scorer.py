@@ -9,6 +9,7 @@ from aspo_lightning.policy.attention import Packing
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
 from aspo_lightning.policy.fast_linears import use_fast_linears
 from aspo_lightning.policy.settings import ModelSettings
+from aspo_lightning.policy.weights import full_weights
 from aspo_lightning.scorer import _chunk_size, matmul, token_logprobs
 from aspo_lightning.types import MicroBatch
 from tests.support.models import save_model
@@ -371,6 +372,27 @@ def test_a_model_without_weights_is_on_the_meta_device_and_assumed_to_pack(tiny_
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
     assert model.lm.config._attn_implementation == "packed"
     assert model.packs is True
+
+
+def test_adapters_are_merged_into_layers_that_are_transposed(tmp_path):
+    """GPT-2's: some are square, so that nothing but the numbers tells."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 128}
+    GPT2LMHeadModel(GPT2Config(**settings, eos_token_id=1)).save_pretrained(tmp_path)
+    policy = ScoredCausalLM.from_pretrained(str(tmp_path), ModelSettings(lora_rank=3, dtype="float64"))
+    torch.manual_seed(0)
+    for name, parameter in policy.lm.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64)
+    merged.load_state_dict(dict(full_weights(policy.lm)), strict=False)
+    ids = torch.randint(128, (1, 12))
+    base = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        expected = policy.lm(ids).logits
+        assert (base(ids).logits - expected).abs().max() > 1e-2
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_adapters_have_the_rank_and_alpha_asked_for(tiny_model):

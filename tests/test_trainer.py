@@ -482,6 +482,16 @@ def test_an_evaluation_that_failed_leaves_the_next_one_its_own_completions(parts
     data.close()
 
 
+def test_the_probe_s_measure_is_of_each_fit(parts):
+    """Another one may be in a coarser precision."""
+    module, data = parts(probe_factor=20.0)
+    trainer(max_epochs=1).fit(module, data)
+    assert data.probe.first < 1e-4
+    trainer(max_epochs=1, precision="bf16-mixed").fit(module, data)
+    assert data.probe.first > 1e-4
+    data.close()
+
+
 def test_what_there_is_nothing_of_is_told_in_every_stage(parts, tiny_model):
     module, data = parts(train=None)
     trainer().validate(module, data, verbose=False)

@@ -39,7 +39,7 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
     policy, name = load_policy(checkpoint)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         folder = Path(temporary) / target.name
-        weights = {key: value.to(dtype or value.dtype) for key, value in full_weights(policy.lm)}
+        weights = dict(full_weights(policy.lm, dtype))
         # As the model was published: transformers refuses to save some that it has read.
         generation, policy.lm.generation_config = policy.lm.generation_config, GenerationConfig()
         policy.lm.save_pretrained(folder, state_dict=weights)

@@ -92,6 +92,8 @@ class GMPO(Objective):
         g   = exp(mean_t of min(log r_t, clip_eps_high))  for A > 0,   of max(log r_t, -clip_eps_low)  for A < 0
         w_t = g, but 0 for tokens that are clipped in it
 
+    where A is the response's: a token whose own was set to 0 by a mask counts in g like the others.
+
     The clip ranges are of log r. Its paper averages over sequences (``averaging: sequence_mean``).
     """
 
@@ -103,8 +105,9 @@ class GMPO(Objective):
 
     def weigh(self, tokens: Tokens) -> TokenWeights:
         log_ratio, advantages = _log(tokens.ratio), tokens.advantages
+        positive = segment_mean(advantages, tokens.sequence_index) > 0
         bounded = torch.where(
-            advantages > 0, log_ratio.clamp(max=self.clip_eps_high), log_ratio.clamp(min=-self.clip_eps_low)
+            positive, log_ratio.clamp(max=self.clip_eps_high), log_ratio.clamp(min=-self.clip_eps_low)
         )
         clipped = (bounded != log_ratio) & (advantages != 0)
         weights = segment_mean(bounded, tokens.sequence_index).exp() * (~clipped & (advantages != 0))
@@ -143,7 +146,7 @@ class DPPO(Objective):
 class EntropyTopFraction(DAPO):
     """DAPO on the tokens of highest entropy alone, "beyond the 80/20 rule" (arXiv 2506.01939, eq. 6).
 
-        w = [H_t > the response's (1 - top_fraction) quantile of H] * m_t * r_t
+        w = [H_t >= the response's (1 - top_fraction) quantile of H] * m_t * r_t
 
     Its paper takes the quantile over a batch; here it is the response's, so that the gradient doesn't depend on how a
     step is split into micro-batches.
@@ -157,7 +160,7 @@ class EntropyTopFraction(DAPO):
 
     def weigh(self, tokens: Tokens) -> TokenWeights:
         entropy = tokens.known("token_entropy")
-        forking = entropy > segment_quantile(entropy, tokens.sequence_index, 1 - self.top_fraction)
+        forking = entropy >= segment_quantile(entropy, tokens.sequence_index, 1 - self.top_fraction)
         weighed = super().weigh(tokens)
         return weighed._replace(weights=weighed.weights * forking)
 

@@ -219,7 +219,7 @@ def packed_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # rotary embeddings turn queries and keys into float32 there, not values
         query, key, value = (x.to(_autocast_dtype(device)) for x in (query, key, value))
-    if _has_kernel(query):
+    if _has_kernel(query, value):
         if packing.keys is not None:
             key, value = (x.index_select(0, packing.keys) for x in (key, value))
         kernel = partial(varlen_attn, enable_gqa=True) if _NAMES_GROUPED_HEADS else varlen_attn
@@ -246,8 +246,11 @@ def _autocast_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
 
 
-def _has_kernel(query: Tensor) -> bool:
-    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention takes them: heads of queries and values alike, of at most 256 and a multiple of 8."""
+    size = query.shape[-1]
+    fits = size == value.shape[-1] and size <= 256 and size % 8 == 0
+    return fits and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float | None, window: int | None) -> Tensor:

@@ -38,7 +38,7 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
     """(hub name, full tensor) of each weight, tied weights once; collective where the model is sharded.
 
     Only one full tensor exists at a time, if the caller keeps none. With ``dtype`` they are cast to it, shards before
-    they are gathered.
+    they are gathered; but not buffers, which some models have among their weights and keep in float32 (a router's bias).
     """
     adapted = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in lm.named_parameters():
@@ -55,10 +55,18 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
                     full_tensor(part.get_parameter(f"{ADAPTER}.weight").detach())
                     for part in (layer.lora_A, layer.lora_B)
                 )
-                tensor = torch.addmm(full_tensor(tensor), high, low, alpha=layer.scaling[ADAPTER])
+                base = full_tensor(tensor)
+                if layer.fan_in_fan_out:  # transformers' Conv1D, as in GPT-2, is transposed
+                    tensor = torch.addmm(base.T, high, low, alpha=layer.scaling[ADAPTER]).T.contiguous()
+                else:
+                    tensor = torch.addmm(base, high, low, alpha=layer.scaling[ADAPTER])
         tensor = full_tensor(tensor.to(dtype or tensor.dtype))
         # transformers keeps some weights in other shapes than the hub, e.g. the experts of a layer as one.
         yield from revert_weight_conversion(lm, {name: tensor}).items()
+    saved = lm.state_dict()
+    for name, buffer in lm.named_buffers():
+        if name in saved:
+            yield from revert_weight_conversion(lm, {name: buffer}).items()
 
 
 @torch.inference_mode(False)  # as in full_weights
