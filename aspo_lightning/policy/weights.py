@@ -38,7 +38,7 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
     """(hub name, full tensor) of each weight, tied weights once; collective where the model is sharded.
 
     Only one full tensor exists at a time, if the caller keeps none. With ``dtype`` they are cast to it, shards before
-    they are gathered; but not buffers, which some models have among their weights and keep in float32 (a router's bias).
+    they are gathered; but not the buffers that some models have among their weights, a router's bias in float32.
     """
     adapted = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in lm.named_parameters():
