@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from aspo_lightning.cli import export
 from aspo_lightning.engines import SamplingRequest, VLLMEngine
@@ -182,6 +182,25 @@ def test_the_first_rank_reads_a_model_in_its_own_dtype(ranks, half_model, tmp_pa
         assert loaded.keys() == stored.keys()
         for name, weight in loaded.items():
             assert weight.dtype == torch.float32
+            assert torch.equal(weight, stored[name].float())
+
+
+def test_sharded_weights_have_the_names_of_the_hub(ranks, tmp_path):
+    """Those of a language model that is published as part of one that sees."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128}
+    linear = {"num_value_heads": 4, "num_key_heads": 2, "key_head_dim": 8, "value_head_dim": 8}
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, **heads}
+    text |= {f"linear_{name}": size for name, size in linear.items()} | {"eos_token_id": 1, "pad_token_id": 0}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config=text, vision_config={**vision, "num_position_embeddings": 16})
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    ranks.run("names", [str(tmp_path / "model"), str(tmp_path)], module="tests.support.sharded_load")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    for rank in range(2):
+        loaded = torch.load(tmp_path / f"rank_{rank}.pt")
+        assert loaded.keys() == {name for name in stored if ".visual." not in name}
+        for name, weight in loaded.items():
             assert torch.equal(weight, stored[name].float())
 
 

@@ -63,6 +63,7 @@ def test_jsonargparse_still_asks_us_what_a_class_takes_over_from_another():
 def test_torch_transformers_and_peft_still_have_what_we_reach_for(tiny_model):
     lm = ScoredCausalLM.from_pretrained(tiny_model).lm
     assert lm.config._attn_implementation == "packed"
+    assert lm._weight_conversions == []
     assert set(lm._no_split_modules) <= {type(module).__name__ for module in lm.modules()}
     add_lora(lm, 2, 4.0)
     assert any(hasattr(module, "_disable_adapters") for module in lm.modules())

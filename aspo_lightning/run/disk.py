@@ -4,11 +4,11 @@ import fcntl
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TextIO
 
 import xxhash
-from lightning.pytorch.utilities import rank_zero_warn
 
 from aspo_lightning.errors import ConfigError, RunError
 
@@ -61,7 +61,8 @@ def lock(folder: Path) -> TextIO:
         file.close()
         raise RunError(f"Another run is writing to {folder}. Wait for its end, or start this one again.") from error
     except OSError as error:  # a file system without locks, as some of clusters are
-        rank_zero_warn(f"{folder} can't be locked ({error.strerror}): nothing keeps a second run out of it.")
+        reason = f"{folder} can't be locked ({error.strerror}): nothing keeps a second run out of it."
+        warnings.warn(reason, stacklevel=2)
     return file
 
 
