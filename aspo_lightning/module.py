@@ -149,6 +149,7 @@ class ASPOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         for metric in self.token_metrics.values():  # of a phase that an earlier fit has broken off
+            assert isinstance(metric, Metric)
             metric.reset()
         self._loss_is_finite = torch.tensor(True)
         if self.reference is not None and not isinstance(self.reference, FSDPModule):

@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from aspo_lightning.types import State
 
@@ -56,7 +57,7 @@ def full_weights(lm: PreTrainedModel, dtype: torch.dtype | None = None) -> Itera
                     for part in (layer.lora_A, layer.lora_B)
                 )
                 base = full_tensor(tensor)
-                if layer.fan_in_fan_out:  # transformers' Conv1D, as in GPT-2, is transposed
+                if isinstance(layer.get_base_layer(), Conv1D):  # GPT-2's, which is transposed
                     tensor = torch.addmm(base.T, high, low, alpha=layer.scaling[ADAPTER]).T.contiguous()
                 else:
                     tensor = torch.addmm(base, high, low, alpha=layer.scaling[ADAPTER])
