@@ -21,6 +21,7 @@ from tqdm import tqdm
 from aspo_lightning.errors import ConfigError
 from aspo_lightning.tasks import Dataset
 from aspo_lightning.tasks.base import words
+from aspo_lightning.tasks.dataset import check_text
 from aspo_lightning.tasks.rows import read_rows
 
 SAVE_EVERY = 500  # rows
@@ -170,9 +171,11 @@ def clean(
             return None, f"has {column}"
     try:
         id, question, full = task.problem(where, number, row)
+        kept = {key: row[key] for key in keep}
+        check_text(where, [kept])
     except ConfigError:
         return None, "bad row"
-    return {"id": id, "question": question, "answer": full["answer"], **{key: row[key] for key in keep}}, None
+    return {"id": id, "question": question, "answer": full["answer"], **kept}, None
 
 
 def load_state(out: Path, state_path: Path, settings: dict[str, str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """``aspo`` as a user calls it: real runs with vLLM on a tiny model, what they leave on disk, what bad input says."""
 
+import errno
 import json
 import os
 import re
@@ -331,6 +332,19 @@ def test_a_model_without_tokenizer_and_a_row_without_answer_are_refused(finished
     rows.write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n" + json.dumps({"question": "1+2"}))
     task = ["--data.train", "Dataset", "--data.train.init_args.path", str(rows)]
     check_refused(aspo_here(monkeypatch, "fit", "--config", config, *task), "rows.jsonl:2 has no 'answer'")
+
+
+def test_a_full_disk_is_told_in_one_line_and_no_other_error_of_the_system_is_hidden(monkeypatch):
+    def fails(command):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("aspo_lightning.cli.main.use_tool", fails)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        said = aspo_here(monkeypatch, "configs")
+        assert said.startswith(f"aspo: error: What the run keeps could not be written: {os.strerror(number)}. Resume")
+    number = errno.EACCES
+    with pytest.raises(PermissionError):
+        main()
 
 
 def test_without_vllm_the_error_names_the_other_engine(finished, monkeypatch):

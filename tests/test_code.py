@@ -175,6 +175,11 @@ def test_programs_from_standard_input_to_standard_output():
     assert reward("print(sum(map(int, input().split())))\nexit(1)", row) == 0
 
 
+def test_an_argument_that_is_text_may_hold_other_ends_of_lines():
+    test = {"input": '"a\u2028b"\r\n[1]\n', "output": "2", "testtype": "functional", "metadata": {"func_name": "f"}}
+    assert list(parse_tests(test)) == [CallTest("f", ["a\u2028b", [1]], (2,))]
+
+
 def test_calls_of_functions_and_of_methods():
     row = {"answer": {"fn_name": "add", "inputs": [[1, [2, 3]], [0, []]], "outputs": [[6], [0]]}}
     assert reward("def add(a, b):\n    print('noise')\n    return a + sum(b)", row) == 1

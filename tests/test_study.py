@@ -436,7 +436,11 @@ def test_results_are_written_from_what_a_finished_run_left(study, tmp_path, monk
     shutil.copytree(study[0] / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("version_*", "results"))
     file = tmp_path / "runs/faster/seed_1/origin.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"processor": "another"}))
-    monkeypatch.setattr(sys, "argv", ["aspo", "study", str(study[1]), "--folder", str(tmp_path / "runs")])
+    asked = tmp_path / study[1].name
+    shutil.copy(study[1], asked)
+    changed = lambda cells, jobs: asked.write_text("# of another study")  # noqa: E731 (while it runs)
+    monkeypatch.setattr("aspo_lightning.cli.study.fit_all", changed)
+    monkeypatch.setattr(sys, "argv", ["aspo", "study", str(asked), "--folder", str(tmp_path / "runs")])
     main()
     assert capsys.readouterr().out.endswith(
         "Not all runs come from the same code, versions, processor and weights: origin.json says which do.\n"

@@ -137,6 +137,13 @@ def test_options_of_multiple_choice(tokenizer, tmp_path):
         (prompt,) = MultipleChoice(path, options="options", answer="key", chat=False).prompts(tokenizer)
         assert prompt.row["answer"] == letter
         assert "A. a\nB. b\nC. c\n" in prompt.text
+    for broken in ({"Question": "\ud835"}, {"Incorrect Answer 1": "\ud835"}):
+        task = MultipleChoice(write(tmp_path / "d.jsonl", {**gpqa, **broken}), options=columns, question="Question")
+        with pytest.raises(ConfigError, match=r"d.jsonl:1 has half of a surrogate pair"):
+            task.prompts(tokenizer)
+    path = write(tmp_path / "e.jsonl", {"question": "x", "answer": "1", "name": "\ud835"})
+    with pytest.raises(ConfigError, match=r"e.jsonl:1 has half of a surrogate pair"):
+        Dataset(path, id="name").prompts(tokenizer)
     path = write(tmp_path / "c.jsonl", {**listed, "key": "D"})
     with pytest.raises(ConfigError, match=r"c.jsonl:1: 'key' is 'D', which is none of the options"):
         MultipleChoice(path, options="options", answer="key").prompts(tokenizer)
@@ -266,6 +273,10 @@ BAD_ROWS = {
     "deep": (b"[" * 200_000, "sums.jsonl:1 isn't JSON"),
     "half a surrogate pair": (b'{"question": "\\ud835 x", "answer": 2}', "sums.jsonl:1 has half of a surrogate pair"),
     "half of one in an answer": (b'{"question": "x", "answer": ["\\ud835"]}', "sums.jsonl:1 has half of a surrogate"),
+    "half of one in a list": (
+        b'{"question": "x", "answer": {"a": ["\\ud835"]}}',
+        "sums.jsonl:1 has half of a surrogate",
+    ),
     "no UTF-8": (b'{"question": "1+1", "answer": 2}\n\n{"question": "\xff"}', "sums.jsonl:3 isn't UTF-8"),
 }
 

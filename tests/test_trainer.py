@@ -534,6 +534,13 @@ def test_threads_of_ranks_wait_for_one_another_as_long_as_the_ranks(parts, monke
     thread_group(limit)
     assert asked == [{"backend": "gloo", "timeout": timedelta(minutes=300)}]
     assert time_limit(trainer(devices=1).strategy) is None
+    monkeypatch.undo()
+    monkeypatch.setattr("aspo_lightning.datamodule.time_limit", lambda strategy: limit)
+    monkeypatch.setattr("aspo_lightning.datamodule.thread_group", asked.append)
+    module, data = parts(engine=Elsewhere(), lag=1, probe_factor=None)
+    trainer(max_epochs=1).fit(module, data)
+    assert asked[1:] == [limit]
+    data.close()
 
 
 def test_data_modules_share_no_engine_and_no_curriculum(tiny_model):

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from ipaddress import ip_address
 from itertools import islice
+from queue import SimpleQueue
 from ssl import SSLContext
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
@@ -135,15 +136,21 @@ class VLLMServers(Engine):
         self._await_updates()
 
     def generate(self, requests: Sequence[SamplingRequest]) -> Iterator[tuple[int, Completion]]:
-        completions = self._completions(requests)
+        arrived: SimpleQueue[tuple[int, Completion] | None] = SimpleQueue()
 
-        async def following() -> tuple[int, Completion] | None:
-            return await anext(completions, None)
+        async def deliver() -> None:
+            try:
+                async for found in self._completions(requests):
+                    arrived.put(found)
+            finally:
+                arrived.put(None)
 
         # In a thread of its own: a notebook's has a loop already. Leaving it cancels what is under way.
         with start_blocking_portal() as portal:
-            while found := portal.call(following):
+            delivery = portal.start_task_soon(deliver)
+            while found := arrived.get():
                 yield found
+            delivery.result()  # raises what went wrong
 
     async def _completions(self, requests: Sequence[SamplingRequest]) -> AsyncIterator[tuple[int, Completion]]:
         mine = [(url, asyncio.Semaphore(self.max_num_seqs)) for url in self._mine()]

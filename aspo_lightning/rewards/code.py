@@ -159,7 +159,7 @@ def parse_tests(source: object, function: str | None = None) -> Iterator[Test]:
         if not function:
             yield StdinTest(_text(given), _text(expected))
         elif isinstance(given, str):  # LiveCodeBench: an argument a line
-            args = [json.loads(line) for line in given.splitlines() if line]
+            args = [json.loads(line) for line in given.split("\n") if line.strip()]
             yield CallTest(function, args, (json.loads(expected),))
         else:
             # Some rows of TACO and PRIME wrap the result in a list of one, and others don't.

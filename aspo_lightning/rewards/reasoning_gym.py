@@ -75,4 +75,5 @@ def is_formula(answer: str, expected: str) -> bool:
     """
     if not re.fullmatch(r"[\w\s+\-*/^().,]*", answer) or re.search(r"\.\s*[^\W\d]", answer):
         return False
-    return all(_KNOWN.fullmatch(name) or name in _NAME.findall(expected) for name in _NAME.findall(answer))
+    allowed = set(_NAME.findall(expected))
+    return all(_KNOWN.fullmatch(name) or name in allowed for name in _NAME.findall(answer))

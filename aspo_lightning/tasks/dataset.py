@@ -87,6 +87,7 @@ class Dataset(Task):
         """(id, text, row for the reward) of a row. Raises ConfigError, which names ``where``, if it can't be used."""
         id = f"{Path(self.path).name}/{number}" if self.id is None else str(_filled(where, row, self.id))
         question, fields = self._problem(where, row)
+        check_text(where, [id, question, fields])
         if self.level is not None:
             level = _column(where, row, self.level)
             if not isinstance(level, int):
@@ -111,7 +112,6 @@ class Dataset(Task):
                 raise ConfigError(
                     f"{where}: all of {', '.join(map(repr, self.answer))} are empty. A row needs an answer."
                 )
-        _check_text(where, [*texts, answer])
         return "\n\n".join(text for text in texts if text), {"answer": answer}
 
 
@@ -149,10 +149,9 @@ class MultipleChoice(Dataset):
         else:
             options = [_filled(where, row, key) for key in self.options]
             order = list(range(len(options)))
-            digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(question.encode(errors="surrogatepass"), digest_size=8).digest()
             random.Random(int.from_bytes(digest, "little")).shuffle(order)
             options, right = [options[i] for i in order], order.index(0)
-        _check_text(where, options)
         lines = [f"{_letter(i)}. {str(option).strip()}" for i, option in enumerate(options)]
         return "\n".join([f"{question}\n", *lines]), {"answer": _letter(right), "options": options}
 
@@ -176,7 +175,7 @@ def _filled(where: str, row: Row, path: str) -> object:
     return value
 
 
-def _check_text(where: str, values: Sequence[object]) -> None:
+def check_text(where: str, values: Sequence[object]) -> None:
     """Raises ConfigError for half of a surrogate pair, which JSON lets through: no tokenizer and no file takes it."""
     try:
         json.dumps(values, ensure_ascii=False, default=str).encode()
