@@ -19,7 +19,7 @@ from aspo_lightning.run.rollout_files import read_rollouts, rollout_files
 from aspo_lightning.types import MicroBatch
 from tests.support.commands import aspo_forked
 from tests.support.configs import tiny_config, write_config
-from tests.support.models import save_experts, save_model, save_tokenizer
+from tests.support.models import BIAS, save_experts, save_experts_with_bias, save_model, save_tokenizer
 from tests.support.one_step import move_adapters
 from tests.support.processes import free_port
 
@@ -113,6 +113,23 @@ def test_leaving_early_leaves_nothing_running(engine, policy):
         break
     engine.sync_weights(full_weights(policy.lm))  # vLLM couldn't empty its cache under running requests
     assert sample(engine)[1] == together
+
+
+def test_weights_that_are_buffers_reach_an_engine(tmp_path):
+    model = save_experts_with_bias(tmp_path)
+    policy = ScoredCausalLM.from_pretrained(str(tmp_path))
+    policy.lm.get_buffer(BIAS).copy_(torch.tensor([-1.0, 1.0, -1.0, 1.0]))  # the other experts
+    engine = TransformersEngine()
+    engine.start(str(tmp_path), context_length=32)
+    engine.sync_weights(full_weights(policy.lm))
+    ((_, completion),) = engine.generate([SamplingRequest((5, 6, 7), 8, seed=1)])
+    engine.stop()
+    ids = torch.tensor([[5, 6, 7, *completion.completion_ids]])
+    targets = ids[0, 3:, None]
+    with torch.no_grad():
+        ours, before = (lm.eval()(ids).logits[0, 2:-1].log_softmax(-1).gather(1, targets) for lm in (policy.lm, model))
+    assert completion.generator_logprobs == pytest.approx(ours[:, 0].tolist(), abs=1e-5)
+    assert (ours - before).abs().max() > 1e-3
 
 
 def test_greedy_takes_the_likeliest_token(engine, policy):

@@ -9,7 +9,7 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aspo_lightning import ASPOModule
 from aspo_lightning.cli.card import model_card
@@ -17,7 +17,7 @@ from aspo_lightning.cli.export import main
 from aspo_lightning.policy import default_model
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO
 from aspo_lightning.run.folder import RunFolder
-from tests.support.models import CHAT_TEMPLATE, save_model, save_tokenizer
+from tests.support.models import BIAS, CHAT_TEMPLATE, save_experts_with_bias, save_model, save_tokenizer
 
 # As some models on the hub have it: transformers warns when it reads this, and refuses to write it.
 GENERATION = {"do_sample": False, "eos_token_id": [1, 3], "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9}
@@ -61,24 +61,16 @@ def test_an_empty_folder_one_is_in_can_be_exported_to(checkpoint, tmp_path, monk
 
 def test_weights_that_are_buffers_are_exported_too_and_stay_in_their_own_dtype(tmp_path):
     """As of GLM's router, whose bias chooses the experts."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = Glm4MoeConfig(**sizes, **heads, **experts, eos_token_id=1, pad_token_id=0)
-    torch.manual_seed(0)
-    model = Glm4MoeForCausalLM(config)
-    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
-    model.get_buffer(bias).copy_(torch.tensor([1.0, -1.0, 0.5, 0.3]))
-    model.save_pretrained(tmp_path / "model")
+    model = save_experts_with_bias(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     main([str(save_checkpoint(tmp_path / "model", tmp_path / "epoch.ckpt")), str(tmp_path / "out")])
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert exported.get_buffer(bias).tolist() == model.get_buffer(bias).tolist()
+    assert exported.get_buffer(BIAS).tolist() == model.get_buffer(BIAS).tolist()
     ids = torch.randint(128, (1, 12))
     assert torch.equal(exported(ids).logits, model.eval()(ids).logits)
     main([str(tmp_path / "epoch.ckpt"), str(tmp_path / "half"), "--dtype", "bfloat16"])
     half = load_file(tmp_path / "half" / "model.safetensors")
-    assert half[bias].dtype == torch.float32
+    assert half[BIAS].dtype == torch.float32
     assert half["lm_head.weight"].dtype == torch.bfloat16
 
 

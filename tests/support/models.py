@@ -5,7 +5,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -70,3 +78,19 @@ def save_experts(folder: Path) -> None:
         initializer_range=0.2,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+def save_experts_with_bias(folder: Path) -> Glm4MoeForCausalLM:
+    """GLM's, whose router has a bias that chooses the experts: a buffer that is among the weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = Glm4MoeConfig(**sizes, **heads, **experts, eos_token_id=1, pad_token_id=0)
+    model = Glm4MoeForCausalLM(config)
+    model.get_buffer(BIAS).copy_(torch.tensor([1.0, -1.0, 0.5, 0.3]))
+    model.save_pretrained(folder)
+    return model
