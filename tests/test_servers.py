@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -157,6 +158,34 @@ def test_leaving_early_leaves_no_request_and_no_thread(model, servers):
     assert set(threading.enumerate()) <= threads  # some of these, of the sync, may have ended meanwhile
     served.sync_weights(load_file(f"{model}/model.safetensors").items())
     assert dict(served.generate(requests))[index] == completion
+
+
+def test_a_server_that_still_computes_for_somebody_takes_weights(model, servers):
+    """With half of the weights it would fail, and sample nothing more."""
+    served = VLLMServers([server.url for server in servers])
+    served.start(model, context_length=64)
+    weights = load_file(f"{model}/model.safetensors")
+    served.sync_weights(weights.items())
+    requests = [SamplingRequest((5, 6, 7), 24, seed) for seed in range(8)]
+    expected = dict(served.generate(requests))
+    long = {"max_tokens": 100, "ignore_eos": True}
+    body = {"token_ids": [5, 6, 7], "sampling_params": long}
+    url = servers[0].url
+    with ThreadPoolExecutor(64) as pool:
+        others = [
+            pool.submit(httpx.post, f"{url}/inference/v1/generate", json=body, headers=TRAINER, timeout=100)
+            for _ in range(64)
+        ]
+        assert eventually(lambda: computes(url), 30)
+        served.sync_weights(weights.items())
+        reasons = {other.result().json()["choices"][0]["finish_reason"] for other in others}
+    assert "abort" in reasons  # so it did compute
+    assert dict(served.generate(requests)) == expected
+
+
+def computes(url: str) -> bool:
+    lines = httpx.get(f"{url}/metrics", headers=TRAINER).text.splitlines()
+    return any(line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0") for line in lines)
 
 
 def test_a_server_fills_what_a_request_leaves_out_by_no_recommendation(model, servers):

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
@@ -34,6 +33,8 @@ HEALTH_TIMEOUT_S = 30.0  # a server that samples or takes weights answers in bet
 
 class VLLMServers(Engine):
     """Samples with servers started with ``scripts/serve.sh``, one or several. New weights are broadcast to all of them.
+
+    What a server still samples when new weights come, for whomever, is given up.
 
     Where there are several ranks, each uses its share of the servers, or shares one. Requests to the servers carry the
     token that they were started with, from the environment variable VLLM_API_KEY.
@@ -225,6 +226,8 @@ class VLLMServers(Engine):
         stream = self._stream
         if stream is None:
             raise RuntimeError("the engine has not been started")
+        # Ends what is still computed for nobody: for a generate that was left early, or a trainer that is gone.
+        self._ask_all("/pause")
         # A trainer that was killed in here has left an update open.
         self._ask_all("/start_weight_update", otherwise="/finish_weight_update")
         self._updates = [self._ask_meanwhile(url, "/update_weights", update_info={}) for url in self.urls]
@@ -245,12 +248,7 @@ class VLLMServers(Engine):
             raise
         self._await_updates()
         self._ask_all("/finish_weight_update")
-        deadline = time.monotonic() + self.timeout_s
-        # A server still holds the cache of its last completions for a moment after it has answered.
-        while not all(answer["success"] for answer in self._ask_all("/reset_prefix_cache")):
-            if time.monotonic() > deadline:
-                raise ConfigError(f"A vLLM server of {self.urls} is never idle: one run at a time can use them.")
-            time.sleep(0.05)
+        self._ask_all("/resume")
 
     def _check(self) -> None:
         """Raises if a server is gone or has refused what it is asked for meanwhile: a broadcast needn't notice."""

@@ -25,7 +25,6 @@ def serving(answers: Mapping[str, Callable[[dict[str, Any]], Answer]]) -> Iterat
     usual = {
         "/v1/models": lambda body: (200, {"data": [{"id": "model", "max_model_len": 64}]}),
         "/get_world_size": lambda body: (200, {"world_size": 1}),
-        "/reset_prefix_cache": lambda body: (200, {"success": True}),
     }
 
     class Handler(BaseHTTPRequestHandler):
