@@ -63,10 +63,16 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def servers(model):
+def started(model):
     # The second as vLLM's default is.
-    with ready(Server(model), Server(model, "--generation-config", "auto")) as started:
-        yield started
+    with ready(Server(model), Server(model, "--generation-config", "auto")) as servers:
+        yield servers
+
+
+@pytest.fixture
+def servers(started):
+    assert started[0].answers(), started[0].text[-3000:]  # or each test would wait for it as long as it may
+    return started
 
 
 @pytest.fixture

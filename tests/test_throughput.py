@@ -57,12 +57,19 @@ def test_frozen_weights_have_no_gradient_of_their_own():
 def test_the_peak_is_the_fastest_of_several_products(dtype, monkeypatch):
     seconds = iter([0, 9, 10, 14, 20, 22, 30, 38, 40, 45])  # 9, 4, 2, 8 and 5
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(seconds))
-    monkeypatch.setattr(throughput, "_SIZE", {"cpu": 10})
+    monkeypatch.setattr(throughput, "_SIZES", {"cpu": (10,)})
     assert product_peak(dtype, torch.device("cpu")) == 2 * 10**3 / 2
 
 
+def test_the_peak_is_looked_for_in_no_product_that_takes_minutes(monkeypatch):
+    seconds = iter([0, 0.04, 1, 1.02, 2, 2.03, 10, 14, 20, 22, 30, 38])  # the first size 0.02, the second 2
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(throughput, "_SIZES", {"cpu": (10, 20, 40)})
+    assert product_peak(torch.bfloat16, torch.device("cpu")) == 2 * 20**3 / 2
+
+
 def test_a_look_at_the_peak_changes_no_random_number(monkeypatch):
-    monkeypatch.setattr(throughput, "_SIZE", {"cpu": 10})
+    monkeypatch.setattr(throughput, "_SIZES", {"cpu": (10,)})
     before = torch.get_rng_state()
     product_peak(torch.float32, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from aspo_lightning.scorer import matmul
 from aspo_lightning.types import MicroBatch
 
-_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns: enough for the peak, and soon done
+_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 8192)}  # rows and columns: the last is enough for the peak
 _TIMES = 3
+_LONG_S = 0.1
 
 
 def update_flops(lm: PreTrainedModel, batches: Iterable[MicroBatch]) -> float:
@@ -43,8 +44,20 @@ def flops_per_token(lm: PreTrainedModel) -> tuple[float, float]:
 
 
 def product_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large product on this machine: the fastest of several."""
-    n = _SIZE.get(device.type, _SIZE["cpu"])
+    """Operations a second of a large product on this machine: the fastest of several.
+
+    It grows until one takes long: in bfloat16, on a processor that has no instructions for it, the largest would take
+    minutes.
+    """
+    fastest, size = float("inf"), 0
+    for size in _SIZES.get(device.type, _SIZES["cpu"]):
+        fastest = _fastest(size, dtype, device)
+        if fastest > _LONG_S:
+            break
+    return 2 * size**3 / fastest
+
+
+def _fastest(n: int, dtype: torch.dtype, device: torch.device) -> float:
     # From a generator of its own: a run's random numbers don't depend on what is measured.
     a = torch.randn(n, n, device=device, generator=torch.Generator(device)).to(dtype)
     product = matmul if dtype == torch.float32 else torch.mm
@@ -53,4 +66,4 @@ def product_peak(dtype: torch.dtype, device: torch.device) -> float:
         start = time.perf_counter()
         product(a, a)[0, 0].item()  # waits for the device
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * n**3 / fastest
+    return fastest
