@@ -17,7 +17,7 @@ from aspo_lightning.policy.weights import adapter_tensors, full_weights
 from aspo_lightning.run.curves import read_run
 from aspo_lightning.run.rollout_files import read_rollouts, rollout_files
 from aspo_lightning.types import MicroBatch
-from tests.support.commands import aspo_forked
+from tests.support.commands import aspo
 from tests.support.configs import tiny_config, write_config
 from tests.support.models import BIAS, save_experts, save_experts_with_bias, save_model, save_tokenizer
 from tests.support.one_step import move_adapters
@@ -250,7 +250,7 @@ def test_speculative_decoding_trains_two_phases_of_the_policys_own_samples(tiny_
     args = {"speculative_config": drafts, "enable_prefix_caching": False}
     engine = {"class_path": "VLLMEngine", "init_args": {"kv_cache_gib": 0.05, "engine_args": args}}
     config = write_config(tmp_path / "config.yaml", tiny_config(tiny_model, tmp_path, engine=engine))
-    result = aspo_forked("fit", "--config", config)
+    result = aspo("fit", "--config", config)  # in a process that imports numba itself
     assert result.returncode == 0, result.stderr[-3000:]
     run = tmp_path / "tiny" / "version_0"
     completions = [r["completion"] for path in rollout_files(run).values() for r in read_rollouts(path)]

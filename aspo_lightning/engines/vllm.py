@@ -4,6 +4,7 @@ import ctypes
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -138,9 +139,13 @@ class VLLMEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: 2-3 x the tokens/s on two cores
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu and "numba" not in sys.modules:
+            # Drafts by n-grams come from numba, which would set the threads of all products to its own number. oneDNN
+            # then packs new weights otherwise than vLLM's kernels of before read them.
+            os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
         from vllm import LLM
 
-        on_cpu = not torch.cuda.is_available()
         among_ranks = world_size() > 1
         if among_ranks and on_cpu:
             from aspo_lightning.engines.vllm_internals import without_shared_memory
