@@ -312,6 +312,11 @@ def test_an_error_is_one_line_without_traceback(finished):
     assert "Traceback" not in result.stderr
 
 
+def test_the_help_of_a_setting_is_what_is_written_below_it(monkeypatch, capsys):
+    assert aspo_here(monkeypatch, "fit", "--help") == 0
+    assert "compute precision is ``trainer.precision``" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_tool_whose_output_nobody_reads_on_ends_without_a_word():
     process = subprocess.Popen(
         [ASPO, "configs", "quickstart"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT

@@ -1,7 +1,8 @@
-"""Every shipped recipe runs, its GRPO twin, and with a lag: on two ranks, with fsdp2, bf16-mixed and vLLM.
+"""Every shipped recipe runs, its GRPO twin, and one of each architecture with a lag.
 
-What a recipe names on the hub is in a cache made here: a tiny random model of its model's architecture, and rows in the
-real schema of its datasets. On top of a recipe comes what a CPU and a test need, see ``needs``; all else is as it says.
+On two ranks, with fsdp2, bf16-mixed and vLLM. What a recipe names on the hub is in a cache made here: a tiny random
+model of its model's architecture, and rows in the real schema of its datasets. On top of a recipe comes what a CPU and
+a test need, see ``needs``; all else is as it says.
 """
 
 import json
@@ -271,7 +272,8 @@ def test_its_grpo_twin_differs_in_the_objective_alone(run, ranks, tmp_path):
         assert ours["losses"][step:] != its["losses"][step:]
 
 
-def test_a_recipe_samples_ahead_of_its_training(run, hub, ranks, tmp_path, monkeypatch):
+@pytest.mark.parametrize("run", ["code_1.5b", "qwen3_30b_a3b", "qwen3_4b"], indirect=True)
+def test_a_recipe_of_each_architecture_samples_ahead_of_its_training(run, hub, ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", TOKEN)
     name = run.says["model"]["model_name_or_path"].replace("/", "--")
     model = hub / "hub" / f"models--{name}" / "snapshots" / REVISION

@@ -68,6 +68,8 @@ def use_tool(command: str) -> None:
 
 def use_lightning(command: str) -> None:
     """Runs a command of LightningCLI. What it imports takes seconds."""
+    from jsonargparse import set_parsing_settings
+
     from aspo_lightning.cli.evaluate import EvaluationCLI
     from aspo_lightning.cli.fit import ASPOCLI
     from aspo_lightning.cli.parser import Parser
@@ -77,6 +79,9 @@ def use_lightning(command: str) -> None:
     from aspo_lightning.module import ASPOModule
 
     die_with_main_process()
+    # The help of some settings is below them, and looking there takes a second.
+    helps = any(word == "-h" or "help" in word or "print_config" in word for word in sys.argv[1:])
+    set_parsing_settings(docstring_parse_attribute_docstrings=helps)
     cli = {"plan": PlanCLI, "test": EvaluationCLI}.get(command, ASPOCLI)
     if command == "plan":
         sys.argv[1] = "fit"  # which is what it parses

@@ -6,7 +6,7 @@ import re
 from collections.abc import MutableMapping
 from typing import NoReturn
 
-from jsonargparse import Namespace, _typehints, set_parsing_settings
+from jsonargparse import Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aspo_lightning.advantages import Advantage
@@ -16,9 +16,6 @@ from aspo_lightning.errors import ConfigError
 from aspo_lightning.objectives import Objective
 from aspo_lightning.rollouts.corrections import Correction
 from aspo_lightning.tasks import Task
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is below it
-
 
 discard_unknown = _typehints.discard_init_args_on_class_path_change
 

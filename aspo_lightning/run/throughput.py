@@ -12,7 +12,7 @@ from aspo_lightning.types import MicroBatch
 
 _SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 8192)}  # rows and columns: the last is enough for the peak
 _TIMES = 3
-_LONG_S = 0.1
+_LONG_S = 0.02
 
 
 def update_flops(lm: PreTrainedModel, batches: Iterable[MicroBatch]) -> float:
