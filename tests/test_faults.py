@@ -75,7 +75,8 @@ def test_a_signal_in_each_part_ends_a_run_behind_its_epoch(rank):
 
 def test_killed_in_each_part_it_goes_on_as_if_it_never_was(rank):
     go_on: list[str] = []
-    for epoch, part in enumerate(["saved", *PARTS]):
+    # At last when its last checkpoint is written, and only the end of the run is left.
+    for epoch, part in [*enumerate(["saved", *PARTS]), (EPOCHS - 1, "saved")]:
         assert rank.fit("kill", *go_on, part=part, kind="SIGKILL", epoch=epoch) == -signal.SIGKILL
         (rank.folder / "kill.struck").unlink()
         go_on = ["--ckpt_path", "last"]

@@ -71,7 +71,8 @@ class LoggerSetup(Callback):
             if tag in ("rollout/reward", "rollout/accuracy", "policy/entropy") or re.match("eval/.*/avg@", tag)
         }
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not when training ends: a run that was killed after its last checkpoint trains no more when it is resumed.
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(self.settings, self.last, trainer.global_step)
