@@ -34,6 +34,7 @@ from aspo_lightning.rollouts.mismatch import Probe
 from aspo_lightning.rollouts.sampling import Sampler
 from aspo_lightning.rollouts.settings import RolloutSettings, check_phase
 from aspo_lightning.run.lightning import accumulate, next_epoch, no_stop_before, time_limit
+from aspo_lightning.run.memory import keep_freed_memory
 from aspo_lightning.tasks.base import Task, training_prompts, without_long
 from aspo_lightning.types import Evaluation, MicroBatch, Phase, Prompt, State
 
@@ -117,6 +118,8 @@ class RolloutDataModule(LightningDataModule):
             self._prepare()
         if self.trainer is None:
             return
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         group = thread_group(time_limit(self.trainer.strategy)) if self.settings.lag and stage == "fit" else None
         self._sampler = Sampler(

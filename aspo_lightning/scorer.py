@@ -17,8 +17,8 @@ R = TypeVar("R")
 CHUNK_SIZE = 4096
 """Vocabulary entries, unless given: on a GPU few large kernels. See also ``_chunk_size``."""
 
-KEPT_LOGITS = 2**25
-"""The most logits that a CPU keeps for backward, 128 MiB, instead of computing them again."""
+KEPT_LOGITS = 2**27
+"""The most logits that a CPU keeps for backward, 512 MiB, instead of computing them again."""
 
 
 def token_logprobs(
@@ -228,6 +228,8 @@ def matmul(a: Tensor, b: Tensor, factors: torch.dtype | None = None) -> Tensor:
             return a.float() @ b.float()
     a, b = (x.to(factors or x.dtype).float() for x in (a, b))
     if HAS_ONEDNN and a.numel() and b.numel():
+        if not a.is_contiguous() and b.numel() < a.numel():  # oneDNN would copy the first factor: let it be the other
+            return torch.ops.mkldnn._linear_pointwise(b.T, a, None, "none", [], "").T
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return a @ b
 

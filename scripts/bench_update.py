@@ -16,6 +16,7 @@ import torch
 from script_tools import in_turn, spread
 
 from aspo_lightning.policy.causal_lm import ScoredCausalLM
+from aspo_lightning.run.memory import keep_freed_memory
 from aspo_lightning.run.throughput import product_peak, update_flops
 from aspo_lightning.types import MicroBatch
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    keep_freed_memory()  # as a run does
     model = ScoredCausalLM.from_pretrained(str(Path(options.model).expanduser()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     batch = row(options.tokens)

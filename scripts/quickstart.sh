@@ -5,8 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/install.sh
-# Large tensors go back to the system when they are freed, instead of leaving holes in the heap.
-export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=8388608
 configs=(--config configs/quickstart.yaml)
 if grep -qs avx512_bf16 /proc/cpuinfo; then configs+=(--config configs/precision/bfloat16.yaml); fi
 exec .venv/bin/aspo fit "${configs[@]}" "$@"

@@ -100,6 +100,29 @@ def test_the_peak_of_memory_is_that_of_the_run_and_not_of_what_started_it():
     assert int(told.stdout) < 0.9e9
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.parametrize(("setting", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_says_what_becomes_of_it(setting, kept):
+    program = (
+        "import resource, torch\n"
+        "from aspo_lightning.run.memory import keep_freed_memory\n"
+        "def new_pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**24)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "new_pages()\n"
+        "before = new_pages()\n"
+        "keep_freed_memory()\n"
+        "print(before, [new_pages() for _ in range(20)][-1])"  # aligned blocks need some room more at first
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | setting
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    before, after = map(int, told.stdout.split())
+    assert before > 10  # in pages of 2 MiB, 32
+    assert after < 10 if kept else after > 10
+
+
 def test_a_checkpoint_holds_the_policy_and_not_the_reference(finished, tiny_model):
     folder, _, _ = finished
     checkpoint = torch.load(folder / "tiny/version_0/checkpoints/epoch_00001.ckpt", weights_only=False)

@@ -218,6 +218,15 @@ def test_an_engine_that_stays_follows_a_module_with_adapters_and_then_one_withou
     data.close()
 
 
+def test_a_run_on_a_cpu_keeps_the_memory_that_it_frees(parts, monkeypatch):
+    kept = []
+    monkeypatch.setattr("aspo_lightning.datamodule.keep_freed_memory", lambda: kept.append(True))
+    module, data = parts()
+    trainer(max_epochs=1).fit(module, data)
+    assert kept
+    data.close()
+
+
 def test_after_a_fit_that_failed_garbage_is_looked_for_everywhere(parts):
     class Failing(ASPOModule):
         def training_step(self, batch, batch_idx):

@@ -31,8 +31,9 @@ RUNTIME = {"cuda": 3.0, "cpu": 0.95}
 
 DEFAULT_GPU_MEMORY = 80.0
 
-# As a rule of thumb: the share of the trainer's memory that its allocator has in pieces too small to use or give back.
-FRAGMENTATION = 0.1
+# As a rule of thumb: over the trainer's memory, what its allocator has in pieces too small to use or give back.
+# cpu: measured, with what a sync and a checkpoint need for moments.
+FRAGMENTATION = {"cuda": 0.1, "cpu": 0.4}
 MOST_OF_A_GPU = 0.9
 """The largest share of it that is suggested for the engine."""
 
@@ -116,7 +117,8 @@ def plan_memory(run: Run) -> MemoryPlan:
     shards = run.world_size if run.sharded else 1
     compute_bytes = HALF if run.half else run.dtype.itemsize
 
-    always = {"libraries and runtime": RUNTIME["cuda" if run.on_gpu else "cpu"] * GB}
+    device = "cuda" if run.on_gpu else "cpu"
+    always = {"libraries and runtime": RUNTIME[device] * GB}
     if not run.cpu_offload:
         always["weights"] = weights / shards
         always["gradients"] = trained / shards
@@ -151,9 +153,8 @@ def plan_memory(run: Run) -> MemoryPlan:
     if not run.on_gpu and tokens * vocabulary <= KEPT_LOGITS:
         update["kept logits"] = tokens * vocabulary * FULL
 
-    if run.on_gpu:
-        allocated = sum(always.values()) + sum(update.values()) - always["libraries and runtime"]
-        always["fragmentation"] = FRAGMENTATION * allocated
+    allocated = sum(always.values()) + sum(update.values()) - always["libraries and runtime"]
+    always["fragmentation"] = FRAGMENTATION[device] * allocated
     engine = run.engine.memory(
         config,
         count,

@@ -1,6 +1,5 @@
 """vLLM, in this process."""
 
-import ctypes
 import gc
 import importlib.util
 import os
@@ -236,7 +235,6 @@ class VLLMEngine(Engine):
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": load_in_place(modules, named_tensors)})
         if on_cpu:
             llm.apply_model(pack_head)
-            _return_free_memory()
         if self._asleep:
             llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -308,9 +306,3 @@ def _completion(output: "CompletionOutput") -> Completion:
     if not isinstance(flat, FlatLogprobs) or tuple(flat.token_ids) != ids:
         raise RuntimeError("vLLM's log-probs are not those of the tokens that it sampled")
     return Completion(ids, tuple(flat.logprobs), truncated=is_truncated(output.finish_reason))
-
-
-def _return_free_memory() -> None:
-    """Gives the system back what an update and a sync allocated: left in the heap, it grows phase by phase."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
-        trim(0)
