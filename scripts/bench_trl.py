@@ -33,6 +33,8 @@ WORK = {
     "chat": (8, 8, 16, 0),
     "long": (8, 16, 64, 192),
 }
+TRL_SEQUENCES = {"chat": 32, "long": 8}
+"""TRL's sequences in a micro-batch: those of an optimizer step, or as many as fit in 16 GB. Ours has 2,048 tokens."""
 LR, KL = 1e-6, 0.001
 
 
@@ -153,8 +155,9 @@ def run_trl(model: str, work: str, precision: str, phases: int, record: Path) ->
         reward_funcs=parity,
         args=GRPOConfig(
             output_dir=str(record.parent / "trl"),
-            per_device_train_batch_size=prompts * group // 2,
-            steps_per_generation=2,
+            per_device_train_batch_size=TRL_SEQUENCES[work],
+            gradient_accumulation_steps=prompts * group // 2 // TRL_SEQUENCES[work],
+            steps_per_generation=prompts * group // TRL_SEQUENCES[work],
             num_generations=group,
             max_completion_length=length,
             max_steps=2 * (phases + 1),

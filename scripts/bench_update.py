@@ -9,7 +9,7 @@ with weights, no attention.
 
 import argparse
 import random
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from aspo_lightning.run.throughput import product_peak, update_flops
 from aspo_lightning.types import MicroBatch
 
 PROMPT, COMPLETION, GROUP = 128, 64, 8
+WARM_UP = 5
+"""Updates until each tensor finds a place where one was before, as in a run."""
 
 
 def row(tokens: int) -> MicroBatch:
@@ -48,28 +50,29 @@ def main() -> None:
     batch = row(options.tokens)
     device = torch.device("cpu")
 
-    def update(half: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+    def update(dtype: torch.dtype) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = model(batch)[0].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    peaks: dict[torch.dtype, list[float]] = {torch.bfloat16: [], torch.float32: []}
-    ways = {
-        "bfloat16": lambda: update(True),
-        "its peak": lambda: peaks[torch.bfloat16].append(product_peak(torch.bfloat16, device)),
-        "float32": lambda: update(False),
-        "peak of float32": lambda: peaks[torch.float32].append(product_peak(torch.float32, device)),
-    }
-    times = in_turn(ways, options.repeats)
     flops = update_flops(model.lm, [batch])
     print(f"{len(batch.input_ids)} tokens, {len(batch.targets)} of them responses; {flops / 1e12:.2f} TFLOP an update")
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        shares = [flops / taken / peak for taken, peak in zip(times[name], peaks[dtype][1:], strict=True)]
-        gigaflops = [peak / 1e9 for peak in peaks[dtype]]
-        print(f"{name}: {spread(times[name])} s, peak {spread(gigaflops)} GFLOP/s, share of the peak {spread(shares)}")
+    for dtype in (torch.bfloat16, torch.float32):
+        for _ in range(WARM_UP):
+            update(dtype)
+        peaks: list[float] = []
+        ways = {
+            "update": partial(update, dtype),
+            "peak": lambda to=peaks, of=dtype: to.append(product_peak(of, device)),
+        }
+        times = in_turn(ways, options.repeats)["update"]
+        peaks = peaks[-len(times) :]
+        shares = [flops / taken / peak for taken, peak in zip(times, peaks, strict=True)]
+        gigaflops = spread([peak / 1e9 for peak in peaks])
+        print(f"{dtype}: {spread(times)} s, peak {gigaflops} GFLOP/s, share of the peak {spread(shares)}")
 
 
 if __name__ == "__main__":
