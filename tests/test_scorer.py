@@ -199,6 +199,18 @@ def test_matmul_is_the_matrix_product(shape):
             torch.testing.assert_close(matmul(left, right).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(64, 96, 33), (33, 96, 64), (5, 7, 3)])
+def test_matmul_takes_factors_that_lie_in_memory_in_any_way(shape):
+    """A gradient may be one row seen many times."""
+    m, k, n = shape
+    lefts = (torch.randn(k, 1).expand(k, m).T, torch.randn(1, m).expand(k, m).T, torch.randn(k, 2 * m)[:, ::2].T)
+    rights = (torch.randn(k, n), torch.randn(1, n).expand(k, n), torch.randn(k, 3 * n)[:, ::3])
+    for left in lefts:
+        for right in rights:
+            expected = left.double() @ right.double()
+            torch.testing.assert_close(matmul(left, right).double(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_fast_linear_has_the_gradients_of_linear(bias):
     torch.manual_seed(0)

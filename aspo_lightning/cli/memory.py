@@ -32,7 +32,7 @@ RUNTIME = {"cuda": 3.0, "cpu": 0.95}
 DEFAULT_GPU_MEMORY = 80.0
 
 # As a rule of thumb: over the trainer's memory, what its allocator has in pieces too small to use or give back.
-# cpu: measured, with what a sync and a checkpoint need for moments.
+# cpu: what runs took beyond the other parts, on glibc's heap.
 FRAGMENTATION = {"cuda": 0.1, "cpu": 0.4}
 MOST_OF_A_GPU = 0.9
 """The largest share of it that is suggested for the engine."""
