@@ -13,7 +13,7 @@ import torch
 from aspo_lightning.cli.main import error_for_people
 from aspo_lightning.errors import ConfigError, RunError
 from aspo_lightning.run.checkpoints import AtomicCheckpointIO, check_whole
-from aspo_lightning.run.disk import digest_path, lock, write_bytes
+from aspo_lightning.run.disk import digest_path, file_digest, lock, write_bytes
 from aspo_lightning.run.folder import RunFolder, last_run, new_run
 
 IO = AtomicCheckpointIO()
@@ -35,6 +35,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     loaded = IO.load_checkpoint(path, weights_only=True)
     assert loaded["epoch"] == 1
     assert torch.equal(loaded["weights"], torch.arange(1000))
+
+
+def test_one_that_reaches_the_disk_in_pieces_is_whole(tmp_path):
+    content = {"longer": torch.arange(5_000_000), "than": torch.arange(7), "pieces": torch.arange(9_000_000)}
+    path = tmp_path / "a.ckpt"
+    IO.save_checkpoint(content, path)
+    assert digest_path(path).read_text() == file_digest(path)
+    for loaded in (IO.load_checkpoint(path), torch.load(path, mmap=True)):
+        assert loaded.keys() == content.keys()
+        assert all(torch.equal(loaded[name], content[name]) for name in content)
 
 
 @pytest.fixture

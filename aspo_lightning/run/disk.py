@@ -1,16 +1,64 @@
 """Files that are written whole or not at all."""
 
 import fcntl
+import io
 import os
 import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import xxhash
 
 from aspo_lightning.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+_AT_ONCE = 1 << 25
+
+
+class SyncedFile(io.FileIO):
+    """A new file that has reached the disk when it is closed without an error, and knows its digest.
+
+    What is written goes to the disk on the way and stays in no cache: the pages of a system's cache can cost more than
+    the disk (4.1 s for 1.6 GB on a virtual machine, 1.0 s without them).
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._digest = xxhash.xxh3_128()
+        self._synced = 0
+
+    @property
+    def digest(self) -> str:
+        """As ``file_digest`` gives it for what has been written."""
+        return self._digest.hexdigest()
+
+    def write(self, content: "ReadableBuffer") -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        self._digest.update(left)
+        while left:
+            left = left[super().write(left[:_AT_ONCE]) :]
+            if self.tell() - self._synced >= _AT_ONCE:
+                self._sync()
+        return size
+
+    def close(self) -> None:
+        try:
+            if not self.closed:
+                self._sync()
+        finally:
+            super().close()
+
+    def _sync(self) -> None:
+        os.fsync(self.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on a Mac
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._synced = self.tell()
 
 
 def file_digest(path: Path) -> str:
