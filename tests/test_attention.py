@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aspo_lightning.fsdp import load_sharded
@@ -207,16 +208,20 @@ def sequences(lengths, vocabulary=128):
     return [(x[:1], x[1:]) for x in ids]
 
 
-def test_no_kernel_is_asked_for_fewer_heads_of_keys_than_of_queries(monkeypatch):
+@pytest.mark.parametrize(("device", "key_heads"), [("cpu", KEY_HEADS), ("cuda", HEADS)])
+def test_a_kernel_is_asked_for_fewer_heads_of_keys_only_where_it_takes_them(device, key_heads, monkeypatch):
     """In 32 bits a GPU has none for them that doesn't make all scores."""
-    calls = []
-    monkeypatch.setattr(
-        attention,
-        "scaled_dot_product_attention",
-        lambda query, key, value, **settings: calls.append((key.shape, value.shape, settings)) or query,
-    )
-    packed_attention(*row(6), Packing.of([(3,), (3,)]))
-    assert calls == [((2, HEADS, 3, SIZE),) * 2 + ({"attn_mask": None, "is_causal": True, "scale": None},)]
+    asked = []
+
+    def kernel(query, key, value, **settings):
+        asked.append((key.shape[1], value.shape[1], settings["enable_gqa"]))
+        return scaled_dot_product_attention(query, key, value, **settings)
+
+    if device not in attention._GROUPS_HEADS:
+        monkeypatch.setattr(attention, "_GROUPS_HEADS", ())  # so that a CPU does what is done there
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", kernel)
+    assert difference([(2, 1, 3), (4,)], visible([(2, 1, 3), (4,)])) < 1e-12
+    assert set(asked) == {(key_heads, key_heads, key_heads < HEADS)}
 
 
 class Largest(TorchDispatchMode):

@@ -26,6 +26,9 @@ _sdpa_of_transformers: Callable[..., tuple[Tensor, None]] = AttentionInterface()
 _NAMES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11 takes fewer key heads than query heads without being asked to."""
 
+_GROUPS_HEADS = ("cpu",)
+"""Devices whose SDPA takes fewer key heads. A GPU's only 32-bit kernel for them computes all scores, [B, A, L, S]."""
+
 _LIKE = 0.75
 """The shortest segment of an SDPA batch over its longest: the rest of a segment's place there is computed in vain."""
 
@@ -238,7 +241,7 @@ def packed_attention(
         return output
     with torch.autocast(device, enabled=False):
         outputs = [_sdpa(query, key, value, batch, scale, window) for batch in packing.batches]
-    return torch.cat(outputs)[packing.place]
+    return torch.cat(outputs).index_select(0, packing.place)  # indexing would take long in backward
 
 
 def _autocast_dtype(device: str) -> torch.dtype:
@@ -259,18 +262,16 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float 
     def gather(x: Tensor, index: Tensor) -> Tensor:
         return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # [B, heads, tokens, D]
 
-    # As many key heads as query heads: for fewer, a GPU's only 32-bit kernel is the one that computes all scores,
-    # [B, A, L, S].
-    heads = query.shape[1]
-    key, value = (
-        gather(x, batch.keys)[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
-        for x in (key, value)
-    )
+    query, key, value = gather(query, batch.queries), gather(key, batch.keys), gather(value, batch.keys)
+    grouped = query.device.type in _GROUPS_HEADS
+    if not grouped:
+        shared_by = query.shape[1] // key.shape[1]
+        key, value = (x[:, :, None].expand(-1, -1, shared_by, -1, -1).flatten(1, 2) for x in (key, value))
     mask = batch.mask(window)
     output = scaled_dot_product_attention(
-        gather(query, batch.queries), key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
-    return output.transpose(1, 2).flatten(0, 1)[batch.real]
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, batch.real)
 
 
 def _for_transformers(
