@@ -1,7 +1,8 @@
 """Time and memory of the scorer against plain log_softmax of all logits: forward + backward, in turn, in processes.
 
-    python scripts/bench_scorer.py [--vocabulary 151936 --tokens 4096 --hidden 1024 --repeats 5]
+    python scripts/bench_scorer.py [--vocabulary 151936 --tokens 4096 --hidden 1024 --dtype float32 --repeats 5]
 
+Hidden states and weight have the dtype; with bfloat16 `plain` widens its logits before the log_softmax.
 Memory is the peak of the process beyond what it held before, less the gradients of hidden states and weight, which
 every variant needs. Also against what TRL's GRPOTrainer calls, and Liger's function, where they are installed and run
 on this machine. TRL goes beside this environment: pip install --no-deps --target DIR trl==1.16.0, and DIR in
@@ -12,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 
 import torch
 from script_tools import seconds, spread
@@ -21,7 +23,7 @@ from aspo_lightning.scorer import token_logprobs
 
 
 def plain(hidden, weight, targets):
-    return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
 def ours(hidden, weight, targets):
@@ -47,10 +49,11 @@ def liger(hidden, weight, targets):
 WAYS = {"plain": plain, "ours": ours, "trl": trl, "liger": liger}
 
 
-def measure(way: str, vocabulary: int, tokens: int, hidden_size: int) -> None:
+def measure(way: str, vocabulary: int, tokens: int, hidden_size: int, dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, hidden_size, generator=generator).requires_grad_()
-    weight = torch.randn(vocabulary, hidden_size, generator=generator).mul_(0.02).requires_grad_()  # no spike in memory
+    drawn = partial(torch.randn, generator=generator, dtype=getattr(torch, dtype))
+    hidden = drawn(tokens, hidden_size).requires_grad_()
+    weight = drawn(vocabulary, hidden_size).mul_(0.02).requires_grad_()  # in place: no spike in memory
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     upstream = torch.randn(tokens, generator=generator)
     few = [tensor.detach()[:64].clone().requires_grad_() for tensor in (hidden, weight)]
@@ -58,8 +61,8 @@ def measure(way: str, vocabulary: int, tokens: int, hidden_size: int) -> None:
     before = peak_memory()
     taken = seconds(lambda: (WAYS[way](hidden, weight, targets) * upstream).sum().backward())
     peak = (peak_memory() - before) / 2**20
-    gradients = 4 * (hidden.numel() + weight.numel()) / 2**20
-    print(json.dumps({"seconds": taken, "mib": peak - gradients, "checksum": weight.grad.norm().item()}))
+    gradients = (hidden.nbytes + weight.nbytes) / 2**20
+    print(json.dumps({"seconds": taken, "mib": peak - gradients, "checksum": weight.grad.float().norm().item()}))
 
 
 def main() -> None:
@@ -67,13 +70,15 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in ("vocabulary", "tokens", "hidden")}
+    sizes = {name: getattr(options, name) for name in ("vocabulary", "tokens", "hidden", "dtype")}
     if options.way:
         return measure(options.way, *sizes.values())
-    print(f"V = {options.vocabulary}, N = {options.tokens}, H = {options.hidden}; medians of {options.repeats}")
+    shape = f"V = {options.vocabulary}, N = {options.tokens}, H = {options.hidden}"
+    print(f"{shape}, {options.dtype}; medians of {options.repeats}")
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(options.repeats):
         for way in list(found):

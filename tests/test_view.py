@@ -10,7 +10,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from aspo_lightning.cli import view
 from aspo_lightning.view.runs import PANELS
-from tests.support.browser import chromium, emulate
+from tests.support.browser import chromium, emulate, visit
 from tests.support.commands import aspo
 from tests.support.viewed_runs import HOSTILE, record, two_runs, write_epoch, write_events
 
@@ -45,7 +45,7 @@ def browser():
 def shown(browser, page):
     """The browser with the page just opened, which has written nothing to the console when the test ends."""
     emulate(browser)
-    browser.get(page.as_uri())
+    visit(browser, page)
     browser.get_log("performance")
     yield browser
     assert browser.get_log("browser") == []
@@ -76,7 +76,7 @@ def weights(browser):
 def test_the_page_opens_from_a_file_and_asks_for_nothing(browser, page):
     browser.get_log("performance")
     browser.get_log("browser")
-    browser.get(page.as_uri())
+    visit(browser, page)
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert asked == [page.as_uri()]
@@ -337,7 +337,7 @@ def test_runs_without_rollouts_or_without_events_say_so(browser, tmp_path, capsy
     view.main([str(tmp_path / "a" / "version_0"), str(tmp_path / "b" / "version_0"), "--out", str(out)])
     assert str(out) in capsys.readouterr().out
     emulate(browser)
-    browser.get(out.as_uri())
+    visit(browser, out)
     notes = [note.text for note in browser.find_elements(By.CSS_SELECTOR, "#notes li")]
     assert notes == [
         "a/version_0: No completions were kept (rollouts/ is missing): there are curves only.",
@@ -355,7 +355,7 @@ def test_runs_without_rollouts_or_without_events_say_so(browser, tmp_path, capsy
 def test_what_is_left_out_is_said(browser, tmp_path):
     write_epoch(tmp_path / "version_0", 0, [record(s, s / 10) for s in range(9)])
     view.main([str(tmp_path / "version_0"), "--completions", "4"])
-    browser.get((tmp_path / "version_0" / "view.html").as_uri())
+    visit(browser, tmp_path / "version_0" / "view.html")
     assert sorted(column(browser, 2)) == ["0", "0.1", "0.2", "0.8"]
     assert text(browser, "#left-out").startswith("4 of 9 completions are on this page")
     assert "rollouts/epoch_00000.jsonl.gz in the run's folder has all." in text(browser, "#left-out")

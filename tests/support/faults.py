@@ -56,7 +56,7 @@ class Fault(Callback):
             "generate": (data.engine, "generate"),
             "reward": (data.pool, "judge"),
             "score": (pl_module, "score"),
-            "checkpoint": (checkpoints, "sync_to_disk"),
+            "checkpoint": (checkpoints, "digest_path"),
             "saved": (trainer._logger_connector, "on_epoch_end"),
             "update": (None, ""),
             "engine": (getattr(data.engine, "_llm", None) and data.engine._llm.llm_engine, "step"),
