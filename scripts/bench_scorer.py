@@ -74,16 +74,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in ("vocabulary", "tokens", "hidden", "dtype")}
+    settings = {name: getattr(options, name) for name in ("vocabulary", "tokens", "hidden", "dtype")}
     if options.way:
-        return measure(options.way, *sizes.values())
+        return measure(options.way, *settings.values())
     shape = f"V = {options.vocabulary}, N = {options.tokens}, H = {options.hidden}"
     print(f"{shape}, {options.dtype}; medians of {options.repeats}")
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(options.repeats):
         for way in list(found):
             command = [sys.executable, __file__, "--way", way]
-            for name, size in sizes.items():
+            for name, size in settings.items():
                 command += [f"--{name}", str(size)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 
 import pytest
 from hypothesis import Phase, settings
@@ -54,6 +55,20 @@ def tiny_model(tmp_path_factory) -> str:
     save_model(folder)
     save_tokenizer(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def quick_server(tmp_path_factory):
+    """Starts a ``Server``, on a CPU in a fork of a process that is ready for it."""
+    import torch
+
+    from tests.support.servers import ForkedServer, Forks, Server
+
+    if torch.cuda.is_available():
+        yield Server
+        return
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield partial(ForkedServer, forks)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk):
     assert "\n" not in str(e.value)
     assert path.read_bytes() == before
     assert {p.name for p in small_disk.iterdir()} == {"epoch_1.ckpt", ".epoch_1.ckpt.xxh3"}
+
+
+def test_the_system_says_why_a_checkpoint_is_not_written(tmp_path):
+    """And not torch, which can't end the file then. Past the limit a write fails, as it does past a quota."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"a.ckpt couldn't be written: File too large. Those before"):
+            save(tmp_path / "a.ckpt", 1, size=1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_nothing_can_be_locked_a_run_is_not_taken_for_another_one(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def token() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: str) -> Iterator[Server]:
-    with ready(Server(tiny_model)) as (server,):
+def server(tiny_model: str, quick_server: Callable[[str], Server]) -> Iterator[Server]:
+    with ready(quick_server(tiny_model)) as (server,):
         yield server
 
 
@@ -127,10 +127,10 @@ def test_killed_at_a_random_moment_a_run_with_a_lag_resumes_as_if_it_never_was(d
 
 @pytest.mark.parametrize("seed", KILLS)
 def test_a_server_killed_at_a_random_moment_costs_a_run_with_a_lag_one_line_and_nothing_else(
-    disturbed, tiny_model, seed
+    disturbed, tiny_model, quick_server, seed
 ):
     name, draw = f"served_{seed}", random.Random(seed)
-    with ready(Server(tiny_model)) as (lost,):
+    with ready(quick_server(tiny_model)) as (lost,):
         address = ["--data.engine.init_args.urls", f"[{lost.url}]"]
         disturbed.start_until(name, *disturbed.moment(draw), *address)
         lost.signal(signal.SIGKILL)

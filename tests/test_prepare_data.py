@@ -1,6 +1,7 @@
-"""scripts/prepare_data.py as a user calls it: what goes and why, near duplicates, and going on after a kill."""
+"""scripts/prepare_data.py: what goes and why, near duplicates, and going on after a kill."""
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,8 +16,23 @@ SCRIPT = str(Path(__file__).parent.parent / "scripts" / "prepare_data.py")
 LONG = "A train leaves the station at noon and travels at sixty miles per hour for three hours, how far does it get"
 
 
-def prepare(*args):
-    return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def prepare(monkeypatch, capsys):
+    """What the script does in this process, which has imported most of what it needs."""
+
+    def called(*args):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *args])
+        code: object = 0
+        try:
+            runpy.run_path(SCRIPT, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        stdout, stderr = capsys.readouterr()
+        if isinstance(code, str):
+            code, stderr = 1, stderr + code
+        return subprocess.CompletedProcess(args, code, stdout, stderr)
+
+    return called
 
 
 def write(path, rows):
@@ -28,7 +44,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_goes_and_why(tmp_path, tiny_model):
+def test_what_goes_and_why(prepare, tmp_path, tiny_model):
     rows = [
         {"name": "a", "problem": LONG + "?", "solution": "180", "flag": ""},
         {"name": "b", "problem": "  " + LONG.upper() + " ?", "solution": "180", "flag": ""},  # the same words
@@ -63,11 +79,10 @@ def test_what_goes_and_why(tmp_path, tiny_model):
     assert "in.jsonl:1 has no 'flags'" in misspelt.stderr
     other = prepare(*columns, "--out", str(out))
     assert "was begun with other values of drop_if" in other.stderr
-    assert "Traceback" not in again.stderr + other.stderr
 
 
 @pytest.mark.parametrize(("near", "fewest", "most"), [(0.8, 0, 2), (0.87, 60, 60)])
-def test_near_duplicates_are_as_near_as_asked(tmp_path, near, fewest, most):
+def test_near_duplicates_are_as_near_as_asked(prepare, tmp_path, near, fewest, most):
     """Pairs of 40 word triples each, 37 of them the same: a similarity of 37 / 43 = 0.86."""
     rows = []
     for t in range(60):
@@ -81,7 +96,7 @@ def test_near_duplicates_are_as_near_as_asked(tmp_path, near, fewest, most):
     assert fewest <= len(questions) - 60 <= most  # some signatures are too far apart to be looked at
 
 
-def test_a_file_that_is_there_is_not_overwritten(tmp_path):
+def test_a_file_that_is_there_is_not_overwritten(prepare, tmp_path):
     source = write(tmp_path / "in.jsonl", [{"question": "1+1", "answer": "2"}])
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
@@ -96,7 +111,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_killed_and_started_again_it_writes_the_same_file(tmp_path):
+def test_killed_and_started_again_it_writes_the_same_file(prepare, tmp_path):
     words = ["apple", "pear", "plum", "fig", "kiwi", "lime", "date"]
     rows = [
         {"question": " ".join(words[(i * k) % 7] for k in range(1, 9)) + f" {i % 4000}", "answer": str(i)}

@@ -19,7 +19,7 @@ from tests.support.dataset_rows import ROWS, dapo_row, verl_row
 from tests.support.hub_cache import REVISION, add_dataset, add_model
 from tests.support.published_models import MODELS
 from tests.support.ranks import Ranks
-from tests.support.servers import Server, ready
+from tests.support.servers import ready
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "recipes").glob("*.yaml")}
 PUBLISHED = {recipe: config for recipe, (config, _) in MODELS.items()}
@@ -273,11 +273,13 @@ def test_its_grpo_twin_differs_in_the_objective_alone(run, ranks, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["code_1.5b", "qwen3_30b_a3b", "qwen3_4b"], indirect=True)
-def test_a_recipe_of_each_architecture_samples_ahead_of_its_training(run, hub, ranks, tmp_path, monkeypatch):
+def test_a_recipe_of_each_architecture_samples_ahead_of_its_training(
+    run, hub, ranks, quick_server, tmp_path, monkeypatch
+):
     monkeypatch.setenv("VLLM_API_KEY", TOKEN)
     name = run.says["model"]["model_name_or_path"].replace("/", "--")
     model = hub / "hub" / f"models--{name}" / "snapshots" / REVISION
-    with ready(Server(str(model), "--max-model-len", "1024", "--dtype", "bfloat16")) as (server,):
+    with ready(quick_server(str(model), "--max-model-len", "1024", "--dtype", "bfloat16")) as (server,):
         engine = {"class_path": "VLLMServers", "init_args": {"urls": [server.url]}}
         lag = write_config(tmp_path / "lag.yaml", {"data": {"lag": 1, "engine": engine}})
         ahead = Run(ranks, run.recipe, tmp_path, last=(lag,))

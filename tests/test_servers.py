@@ -1,4 +1,7 @@
-"""vLLM servers as the engine of a run: two real ones on loopback, as `scripts/serve.sh` starts them."""
+"""vLLM servers as the engine of a run: real ones on loopback, as `scripts/serve.sh` starts them.
+
+All but the first are forks of a process that has imported vLLM.
+"""
 
 import json
 import os
@@ -63,9 +66,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def started(model):
+def started(model, quick_server):
     # The second as vLLM's default is.
-    with ready(Server(model), Server(model, "--generation-config", "auto")) as servers:
+    with ready(Server(model), quick_server(model, "--generation-config", "auto")) as servers:
         yield servers
 
 
@@ -76,8 +79,8 @@ def servers(started):
 
 
 @pytest.fixture
-def third(model):
-    with ready(Server(model)) as (server,):
+def third(model, quick_server):
+    with ready(quick_server(model)) as (server,):
         yield server
 
 

@@ -33,7 +33,7 @@ from aspo_lightning.study.report import figure, markdown
 from aspo_lightning.study.study import Cell, Measure, read_study
 from aspo_lightning.study.table import last, read_table, results, to_csv
 from tests.support import tiny_study
-from tests.support.commands import ASPO, ROOT, aspo, aspo_here
+from tests.support.commands import ASPO, ROOT, aspo, aspo_forked, aspo_here
 
 
 def test_intervals_by_hand():
@@ -411,7 +411,7 @@ def test_a_cell_made_again_alone_has_the_same_curves_to_the_bit(study, tmp_path)
 
 def test_figure_and_report_are_made_again_from_the_table(study, tmp_path):
     kept = study[0] / "runs" / "results"
-    result = aspo("report", str(kept), "--figure", str(tmp_path / "f.png"))
+    result = aspo_forked("report", str(kept), "--figure", str(tmp_path / "f.png"))
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "f.png").read_bytes() == (kept / "figure.png").read_bytes()
     assert result.stdout == f"{(kept / 'report.md').read_text()}\nFigure: {tmp_path / 'f.png'}\n"

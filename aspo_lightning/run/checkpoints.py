@@ -38,14 +38,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{path.name}.*.tmp"):
                 left.unlink()  # of a run that was killed here
-            torch.serialization.set_crc32_options(False)  # they take longer than the digest, which says the same
+            torch.serialization.set_crc32_options(False)  # they take longer than the digest, which tells the same
             with SyncedFile(temporary) as file:
                 torch.save(checkpoint, file)
             digest_path(path).unlink(missing_ok=True)  # of an older file of this name
             temporary.replace(path)
             write_text(digest_path(path), file.digest)
         except (OSError, RuntimeError) as error:
-            raise not_written(path, error) from error
+            # torch still ends a file that couldn't be written, and says what is wrong with that.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise not_written(path, cause) from error
         finally:
             torch.serialization.set_crc32_options(crc32)
             temporary.unlink(missing_ok=True)

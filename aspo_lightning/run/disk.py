@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _AT_ONCE = 1 << 25
+"""Bytes from one flush to the next."""
 
 
 class SyncedFile(io.FileIO):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.support.wait import WebDriverWait
 
 FLAGS = (
@@ -40,12 +41,13 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[webdriver.Chrome]
 def visit(driver: webdriver.Chrome, page: Path) -> None:
     """Opens a page from a file; when it returns, its scripts have run.
 
-    On a busy machine Chromium's driver says so while the page before is still there.
+    On a busy machine ``driver.get`` can return while the page before is still there.
     """
     driver.execute_script("window.left = true")
     driver.get(page.as_uri())
     arrived = "return !window.left && document.readyState === 'complete'"
-    WebDriverWait(driver, 60).until(lambda driver: driver.execute_script(arrived))
+    wait = WebDriverWait(driver, 60, ignored_exceptions=[JavascriptException])  # of a page that is going
+    wait.until(lambda driver: driver.execute_script(arrived))
 
 
 def emulate(driver: webdriver.Chrome, *, scheme: str = "light", width: int | None = None) -> None:

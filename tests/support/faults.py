@@ -43,7 +43,7 @@ class Fault(Callback):
 
     ``part`` is where: generate, engine (in a step of vLLM), broken
     (any engine, when it takes weights), reward, score, update, checkpoint (when the temporary file
-    is written), saved (behind it). ``kind`` is what: a signal's name, raise, hang, nan (in a weight), pool (its
+    has been written), saved (behind it). ``kind`` is what: a signal's name, raise, hang, nan (in a weight), pool (its
     processes are killed), or clock (it jumps a day to and fro). The file ``struck`` remembers it across restarts.
     """
 
