@@ -48,6 +48,28 @@ def test_one_that_reaches_the_disk_in_pieces_is_whole(tmp_path):
         assert all(torch.equal(loaded[name], content[name]) for name in content)
 
 
+def test_it_has_reached_the_disk_piece_by_piece_before_it_has_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "a.ckpt"
+    done = []
+
+    def seen(what, call):
+        def noted(file, *args):
+            call(file, *args)
+            if not path.exists():  # later come its digest, and the folder
+                done.append((what, os.fstat(file).st_size))
+
+        return noted
+
+    monkeypatch.setattr(os, "fsync", seen("synced", os.fsync))
+    monkeypatch.setattr(os, "posix_fadvise", seen("let go", os.posix_fadvise))
+    IO.save_checkpoint({"weights": torch.arange(9_000_000)}, path)
+    pieces = [size for what, size in done if what == "synced"]
+    assert pieces == sorted(pieces)
+    assert len(pieces) == 3  # of 72 MB
+    assert pieces[-1] == path.stat().st_size
+    assert done == [(what, size) for size in pieces for what in ("synced", "let go")]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 1 MB."""
